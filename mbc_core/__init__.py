@@ -1,0 +1,1 @@
+"""The mathematics and the meaning of memory bank compression. Never imports Beam."""

@@ -1,0 +1,1 @@
+"""The one source of column names, dtypes, document fields and format versions."""

@@ -1,0 +1,134 @@
+"""Arrow schemas of every table in a bank. Writers and readers import them; nothing else spells a column name.
+
+Delta Lake has no unsigned integers, so keys are signed 64-bit and code payloads are packed binary.
+Times are microseconds since the epoch, UTC.
+"""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+FORMAT_VERSION = 1
+
+TIME = pa.timestamp("us", tz="UTC")
+
+UNDATED = "undated"
+"""Name of the window that holds documents without a time, in batch."""
+
+DEAD_LETTER_REASONS = (
+    "not_json",
+    "not_utf8",
+    "not_an_object",
+    "no_id",
+    "bad_id",
+    "no_text",
+    "text_too_long",
+    "bad_timestamp",
+    "bad_field",
+    "encode_failed",
+    "source_vanished",
+    "source_unreadable",
+)
+
+CODES = pa.schema(
+    [
+        pa.field("key", pa.int64(), nullable=False),
+        pa.field("passage", pa.int32(), nullable=False),
+        pa.field("event_time", TIME),
+        pa.field("added_at", TIME, nullable=False),
+        pa.field("window", pa.string(), nullable=False),
+        pa.field("address", pa.binary(), nullable=False),
+        pa.field("words", pa.binary(), nullable=False),
+        pa.field("codebook_version", pa.int32(), nullable=False),
+    ]
+)
+
+DOCUMENTS = pa.schema(
+    [
+        pa.field("key", pa.int64(), nullable=False),
+        pa.field("doc_id", pa.string(), nullable=False),
+        pa.field("title", pa.string()),
+        pa.field("uri", pa.string()),
+        pa.field("content_hash", pa.binary(), nullable=False),
+        pa.field("event_time", TIME),
+        pa.field("added_at", TIME, nullable=False),
+        pa.field("text_zstd", pa.binary()),
+    ]
+)
+
+REPLAY = pa.schema(
+    [
+        pa.field("question", pa.string(), nullable=False),
+        pa.field("answer", pa.string(), nullable=False),
+        pa.field("key", pa.int64(), nullable=False),
+        pa.field("event_time", TIME),
+        pa.field("window", pa.string(), nullable=False),
+        pa.field("added_at", TIME, nullable=False),
+        pa.field("split", pa.string(), nullable=False),
+    ]
+)
+
+CODEBOOK_VERSIONS = pa.schema(
+    [
+        pa.field("version", pa.int32(), nullable=False),
+        pa.field("parent", pa.int32()),
+        pa.field("built_from", pa.list_(pa.string()), nullable=False),
+        pa.field("file", pa.string(), nullable=False),
+        pa.field("digest", pa.string(), nullable=False),
+        pa.field("vectors", pa.int64(), nullable=False),
+        pa.field("used", pa.int32(), nullable=False),
+        pa.field("perplexity", pa.float64(), nullable=False),
+        pa.field("resets", pa.int32(), nullable=False),
+        pa.field("added_at", TIME, nullable=False),
+    ]
+)
+
+LEDGER = pa.schema(
+    [
+        pa.field("ingest_id", pa.string(), nullable=False),
+        pa.field("slice", pa.string(), nullable=False),
+        pa.field("window", pa.string(), nullable=False),
+        pa.field("pane", pa.int32(), nullable=False),
+        pa.field("documents_in", pa.int64(), nullable=False),
+        pa.field("documents", pa.int64(), nullable=False),
+        pa.field("passages", pa.int64(), nullable=False),
+        pa.field("duplicates", pa.int64(), nullable=False),
+        pa.field("replaced", pa.int64(), nullable=False),
+        pa.field("dead_letters", pa.string(), nullable=False),
+        pa.field("codebook_version", pa.int32()),
+        pa.field("added_at", TIME, nullable=False),
+    ]
+)
+
+DEAD_LETTER = pa.schema(
+    [
+        pa.field("reason", pa.string(), nullable=False),
+        pa.field("message", pa.string(), nullable=False),
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("position", pa.int64(), nullable=False),
+        pa.field("key", pa.int64()),
+        pa.field("raw", pa.binary()),
+        pa.field("ingest_id", pa.string(), nullable=False),
+        pa.field("added_at", TIME, nullable=False),
+    ]
+)
+
+LIVE_ADAPTER = pa.schema(
+    [
+        pa.field("base_digest", pa.string(), nullable=False),
+        pa.field("version", pa.string(), nullable=False),
+        pa.field("reason", pa.string(), nullable=False),
+        pa.field("added_at", TIME, nullable=False),
+    ]
+)
+
+TABLES: dict[str, pa.Schema] = {
+    "codes": CODES,
+    "documents": DOCUMENTS,
+    "replay": REPLAY,
+    "codebook_versions": CODEBOOK_VERSIONS,
+    "ledger": LEDGER,
+    "dead_letter": DEAD_LETTER,
+    "adapters/live": LIVE_ADAPTER,
+}
+"""Folder below the bank's root → schema of the Delta table there."""
