@@ -1,0 +1,8 @@
+"""The command line without Beam: ask, recall, inspect, export, adapters, train.
+
+`mbc` (pipelines/main.py) adds ingest, adapt and demo; ``python -m mbc_core.cli`` is this half alone.
+"""
+
+from mbc_core.cli.app import cli, run
+
+__all__ = ["cli", "run"]
