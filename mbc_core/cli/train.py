@@ -1,0 +1,48 @@
+"""`mbc train …`: make the small weights (lexicon, salience, codebook, reader) from data given as arguments."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.group()
+def train() -> None:
+    """Train the project's own small weights, each written with a card."""
+
+
+@train.command("codebook")
+@click.argument("prepared", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--out", "out_dir", type=click.Path(path_type=Path), required=True, help="Folder for the weights.")
+@click.option("--slots", type=int, multiple=True, default=(12, 24), show_default=True, help="T; may be repeated.")
+@click.option("--codewords", type=click.IntRange(1, 512), default=512, show_default=True, help="K.")
+@click.option("--iterations", type=click.IntRange(1), default=100, show_default=True, help="Most k-means passes.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda or auto.")
+def codebook_command(
+    prepared: Path, out_dir: Path, slots: tuple[int, ...], codewords: int, iterations: int, seed: int, device: str
+) -> None:
+    """Fit codebook version 0 and its rotation on PREPARED, the folder that `mbc train prepare` wrote.
+
+    Example: mbc train codebook ./prepared --out mbc_core/weights --slots 12 --slots 24
+    """
+    from mbc_core.training.codebook import read_prepared, train_codebook
+
+    embeddings, held_out, sources = read_prepared(prepared)
+    train_codebook(
+        embeddings,
+        out_dir,
+        slots=slots,
+        codewords=codewords,
+        seed=seed,
+        iterations=iterations,
+        device=device,
+        held_out=held_out,
+        sources=sources,
+        progress=lambda line: click.echo(line, err=True),
+    )
+
+
+if __name__ == "__main__":
+    train()

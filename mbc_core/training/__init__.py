@@ -1,0 +1,1 @@
+"""Training of every shipped weight: plain functions with plain arguments."""

@@ -1,0 +1,101 @@
+"""Neighbour search by codes on torch tensors, for training loops that live on an accelerator.
+
+The bank's own search is ``mbc_core.recall``; this one needs no FAISS and stays on the device.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from mbc_core.errors import UsageError
+
+_CHUNK_SCORES = 1 << 26
+"""Most scores held at once: 256 MiB of float32."""
+
+
+def code_scores(question_slots: torch.Tensor, codes: torch.Tensor, codewords: torch.Tensor) -> torch.Tensor:
+    """score(q, doc) = Σ_t (R·q)_t · E[c_t] for every question and passage.
+
+    Args:
+        question_slots: R·q split into slots, float [q, T, d_c].
+        codes: integer [n, T], on the same device.
+        codewords: E, float [K, d_c].
+
+    Returns:
+        [q, n], dtype of ``question_slots``.
+
+    Raises:
+        UsageError: shapes that do not fit.
+    """
+    _check(question_slots, codes, codewords)
+    passages = _decoded(codes, codewords, question_slots.dtype)
+    scores = torch.empty(len(question_slots), len(codes), dtype=question_slots.dtype, device=question_slots.device)
+    rows = max(1, _CHUNK_SCORES // max(1, len(codes)))
+    for start in range(0, len(question_slots), rows):
+        scores[start : start + rows] = question_slots[start : start + rows].flatten(1) @ passages.T
+    return scores
+
+
+def nearest_by_code(
+    question_slots: torch.Tensor,
+    codes: torch.Tensor,
+    codewords: torch.Tensor,
+    k: int,
+    *,
+    exclude: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The ``k`` best passages of each question by :func:`code_scores`, without holding all scores at once.
+
+    Args:
+        exclude: integer [q]: one passage per question that is not returned, such as the true one when
+            distractors are wanted; -1 excludes none.
+
+    Returns:
+        (scores [q, k], rows int64 [q, k]), best first.
+
+    Raises:
+        UsageError: shapes that do not fit, or fewer passages than ``k``.
+    """
+    _check(question_slots, codes, codewords)
+    if not 1 <= k <= len(codes) - (exclude is not None):
+        raise UsageError(
+            "k is not between 1 and the number of passages",
+            value=k,
+            cause=f"there are {len(codes)} passages",
+            fix="ask for fewer neighbours",
+        )
+    passages = _decoded(codes, codewords, question_slots.dtype)
+    best, where = [], []
+    rows = max(1, _CHUNK_SCORES // len(codes))
+    for start in range(0, len(question_slots), rows):
+        scores = question_slots[start : start + rows].flatten(1) @ passages.T
+        if exclude is not None:
+            left_out = exclude[start : start + rows].long()
+            named = (left_out >= 0).nonzero().squeeze(1)
+            scores[named, left_out[named]] = -torch.inf
+        top = scores.topk(k, dim=1)
+        best.append(top.values)
+        where.append(top.indices)
+    return torch.cat(best), torch.cat(where)
+
+
+def _decoded(codes: torch.Tensor, codewords: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Codes [n, T] → [n, T · d_c]: a product with decoded rows beats T look-ups on a device made for products."""
+    return codewords.to(dtype)[codes.long()].flatten(1)
+
+
+def _check(question_slots: torch.Tensor, codes: torch.Tensor, codewords: torch.Tensor) -> None:
+    fits = (
+        question_slots.ndim == 3
+        and codes.ndim == 2
+        and codewords.ndim == 2
+        and question_slots.shape[1:] == (codes.shape[1], codewords.shape[1])
+        and not codes.is_floating_point()
+    )
+    if not fits:
+        raise UsageError(
+            "questions, codes and codewords do not fit together",
+            value=f"{list(question_slots.shape)}, {list(codes.shape)} {codes.dtype}, {list(codewords.shape)}",
+            cause="[q, T, d_c], integer [n, T] and [K, d_c] are expected",
+            fix="make the slots with the T and the codebook the codes were made with",
+        )
