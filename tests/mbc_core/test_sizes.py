@@ -1,0 +1,50 @@
+"""Sizes to compare with: figures worked out by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from mbc_core.errors import UsageError
+from mbc_core.sizes import compress, mac_bytes, ratios
+
+
+def test_macs_floats_on_smollm2():
+    assert mac_bytes(12, 576) == 27_648
+    assert mac_bytes(24, 576) == 55_296
+
+
+def test_three_ratios_by_hand():
+    found = ratios(documents=10, slots=2, width=5, address=20, codes=40, documents_table=100, codebooks=60)
+    assert found.mac == 40
+    assert found.indices == pytest.approx(20 / 400)
+    assert found.with_codebooks == pytest.approx(80 / 400)
+    assert found.all_in == pytest.approx(200 / 400)
+
+
+def test_an_empty_bank_has_no_ratios():
+    with pytest.raises(UsageError, match="empty bank has no sizes"):
+        ratios(documents=0, slots=2, width=5, address=0, codes=0, documents_table=0, codebooks=0)
+
+
+def test_compression_orders_as_it_must():
+    texts = [f"The city of number {n} lies on a river called {n * n}, founded in {1000 + n}." for n in range(400)]
+    found = compress(texts)
+    assert found.passages == 400
+    assert found.text == pytest.approx(sum(map(len, texts)) / 400)
+    assert found.zstd_dictionary < found.zstd < found.text + 20
+    assert found.dictionary > 0
+
+
+def test_bytes_not_characters_are_counted():
+    assert compress(["é" * 100]).text == 200
+
+
+def test_too_few_texts_for_a_dictionary():
+    found = compress(["one short text"])
+    assert found.dictionary == 0
+    assert found.zstd_dictionary == found.zstd
+
+
+def test_nothing_to_compress():
+    with pytest.raises(UsageError, match="no texts to compress"):
+        compress([])
