@@ -79,6 +79,9 @@ CODEBOOK_VERSIONS = pa.schema(
         pa.field("used", pa.int32(), nullable=False),
         pa.field("perplexity", pa.float64(), nullable=False),
         pa.field("resets", pa.int32(), nullable=False),
+        pa.field("error", pa.float64()),
+        pa.field("ingest_id", pa.string(), nullable=False),
+        pa.field("slice", pa.string(), nullable=False),
         pa.field("added_at", TIME, nullable=False),
     ]
 )
@@ -96,6 +99,7 @@ LEDGER = pa.schema(
         pa.field("replaced", pa.int64(), nullable=False),
         pa.field("dead_letters", pa.string(), nullable=False),
         pa.field("codebook_version", pa.int32()),
+        pa.field("statistics", pa.string()),
         pa.field("added_at", TIME, nullable=False),
     ]
 )
@@ -132,3 +136,14 @@ TABLES: dict[str, pa.Schema] = {
     "adapters/live": LIVE_ADAPTER,
 }
 """Folder below the bank's root → schema of the Delta table there."""
+
+SORT_ORDER: dict[str, tuple[str, ...]] = {
+    "codes": ("window", "key", "passage"),
+    "documents": ("key",),
+    "replay": ("window", "key", "question", "answer"),
+    "codebook_versions": ("version",),
+    "ledger": ("window",),
+    "dead_letter": ("source", "position"),
+    "adapters/live": (),
+}
+"""Order of the rows within one file: neighbours that resemble each other compress well."""

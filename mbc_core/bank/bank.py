@@ -1,0 +1,295 @@
+"""The bank: one folder or bucket prefix of Parquet tables under Delta logs, codebooks and adapters.
+
+>>> bank = Bank.open("demo-bank")                                              # doctest: +SKIP
+>>> bank.passages().column_names                                               # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+from deltalake import DeltaTable
+from deltalake.exceptions import DeltaError, TableNotFoundError
+
+from mbc_core.bank import parquet
+from mbc_core.bank.codebooks import check_codebook, load_chain, load_codebook, register_codebook, version_rows
+from mbc_core.bank.commit import ingest_of
+from mbc_core.bank.storage import Storage, as_storage_error
+from mbc_core.bank.visible import VisibleKeys, join_documents, newest_revisions, revision_places, visible_keys
+from mbc_core.errors import DamagedFile, IncompatibleBank, StorageError, UsageError
+from schemas.manifest import Manifest
+from schemas.tables import TABLES
+
+if TYPE_CHECKING:
+    from mbc_core.codebook.chain import CodebookChain
+    from mbc_core.codebook.files import Codebook
+    from mbc_core.codebook.update import UpdateRule
+
+MANIFEST = "manifest.json"
+PASSAGE_DOCUMENT_COLUMNS = ["doc_id", "title", "uri"]
+
+
+@dataclass
+class Bank:
+    """An open bank. Make one with :meth:`open`, :meth:`create` or :meth:`open_or_create`; pickles to its address.
+
+    Attributes:
+        storage: where it lives.
+        manifest: what its codes mean.
+    """
+
+    storage: Storage
+    manifest: Manifest
+    _codebooks: dict[int, Codebook] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __getstate__(self) -> tuple[Storage, Manifest]:
+        return self.storage, self.manifest
+
+    def __setstate__(self, state: tuple[Storage, Manifest]) -> None:
+        self.storage, self.manifest = state
+        self._codebooks = {}
+
+    @property
+    def uri(self) -> str:
+        """Local path or URI of the bank's root."""
+        return self.storage.uri
+
+    @classmethod
+    def open(cls, uri: str | Path) -> Bank:
+        """Open a bank that is there.
+
+        Raises:
+            UsageError: nothing is there.
+            DamagedFile, IncompatibleBank: its manifest cannot be used.
+        """
+        storage = Storage(str(uri))
+        if not storage.exists(MANIFEST):
+            raise UsageError(
+                "there is no bank here",
+                value=storage.uri,
+                cause=f"it holds no {MANIFEST}; the path is wrong, or making the bank was interrupted",
+                fix="check --bank, or make a bank with `mbc ingest SOURCE --bank URI`",
+            )
+        return cls(storage, _read_manifest(storage))
+
+    @classmethod
+    def create(cls, uri: str | Path, manifest: Manifest, codebook0: Codebook) -> Bank:
+        """Make a new bank. An attempt that was interrupted is finished; of two at once both get the same bank.
+
+        Raises:
+            UsageError: a bank is there already, or the codebook does not fit the manifest.
+            StorageError: the store is full or may not be written.
+        """
+        storage = Storage(str(uri))
+        if storage.exists(MANIFEST):
+            raise UsageError(
+                "a bank is here already",
+                value=storage.uri,
+                cause="it was made earlier",
+                fix="open it (ingest adds to it), or name a new place",
+            )
+        return cls._make(storage, manifest, codebook0)
+
+    @classmethod
+    def open_or_create(cls, uri: str | Path, manifest: Manifest, codebook0: Codebook) -> Bank:
+        """Open the bank, which must have been made with ``manifest``'s settings, or make it.
+
+        Raises:
+            UsageError: it was made with another encoder, profile, rotation, lexicon or window length.
+        """
+        storage = Storage(str(uri))
+        bank = cls.open(uri) if storage.exists(MANIFEST) else cls._make(storage, manifest, codebook0)
+        bank.manifest.require_same(manifest, storage.uri)
+        return bank
+
+    @classmethod
+    def _make(cls, storage: Storage, manifest: Manifest, codebook0: Codebook) -> Bank:
+        check_codebook(manifest, codebook0)
+        # Creating a Delta table is atomic on every store, so the ledger's description decides whose manifest counts
+        # when two processes make the bank at once. manifest.json comes last: a bank that has it is whole.
+        _create_table(storage, "ledger", manifest.to_json())
+        agreed = _load_table(storage, "ledger").metadata().description or ""
+        bank = cls(storage, Manifest.from_json(agreed, storage.locate("ledger")))
+        for name in TABLES:
+            _create_table(storage, name, "")
+        register_codebook(bank, codebook0)
+        storage.write_new(MANIFEST, agreed.encode())
+        return bank
+
+    def table(self, name: str) -> DeltaTable:
+        """The Delta table ``name``, at its newest version.
+
+        Raises:
+            IncompatibleBank: its columns are not those of this release.
+            StorageError: it cannot be read.
+        """
+        delta = _load_table(self.storage, name)
+        found, expected = pa.schema(delta.schema()), TABLES[name]
+        if not found.equals(expected):
+            raise IncompatibleBank(
+                f"the table `{name}` has other columns than this release reads and writes",
+                value=sorted({str(one) for one in found} ^ {str(one) for one in expected})[:6],
+                cause="another release or another program changed it",
+                fix="use the release that wrote the bank, or ingest again into a new bank",
+            )
+        return delta
+
+    def files(self, table: str) -> list[tuple[str, int]]:
+        """(path below the table's folder, bytes) of every file that counts, sorted by path."""
+        actions = pa.table(self.table(table).get_add_actions(flatten=True))
+        return sorted(zip(actions["path"].to_pylist(), actions["size_bytes"].to_pylist(), strict=True))
+
+    def read_file(self, table: str, path: str, columns: list[str] | None = None) -> pa.Table:
+        """One file of a table, its digest checked.
+
+        Raises:
+            DamagedFile: it is missing, or does not match the digest in its name.
+        """
+        full = f"{table}/{path}"
+        try:
+            data = self.storage.read_bytes(full)
+        except StorageError as error:
+            if self.storage.exists(full):
+                raise
+            raise DamagedFile(
+                "a file of the bank is missing",
+                value=self.storage.locate(full),
+                cause=f"the log of `{table}` names it, but it was removed",
+                fix="restore the file from a copy of the bank; `mbc inspect --verify` lists every missing file",
+            ) from error
+        parquet.check_digest(data, path.removesuffix(".parquet").rsplit("-", 1)[-1], self.storage.locate(full))
+        return parquet.from_bytes(data, self.storage.locate(full), columns, schema=TABLES[table])
+
+    def read(self, table: str, columns: list[str] | None = None, keep: Callable[[str], bool] | None = None) -> pa.Table:
+        """All rows of a table, digests checked; ``keep`` may choose files by their path."""
+        schema = TABLES[table]
+        wanted = schema if columns is None else pa.schema([schema.field(name) for name in columns])
+        parts = [self.read_file(table, path, columns) for path, _ in self.files(table) if keep is None or keep(path)]
+        return pa.concat_tables([wanted.empty_table(), *parts])
+
+    def codebook(self, version: int) -> Codebook:
+        """One codebook version, its digest checked; kept in memory, since versions never change.
+
+        Raises:
+            DamagedFile: no such version, or its file is damaged.
+        """
+        if version not in self._codebooks:
+            rows = version_rows(self)
+            if version not in rows:
+                raise DamagedFile(
+                    "codes name a codebook version that the bank does not hold",
+                    value=version,
+                    cause=f"versions 0 to {max(rows)} are registered; rows of codebook_versions were removed",
+                    fix="restore the table codebook_versions from a copy of the bank",
+                )
+            self._codebooks[version] = load_codebook(self, rows[version])
+        return self._codebooks[version]
+
+    def codebooks(self, rule: UpdateRule | None = None, resuming: str | None = None) -> CodebookChain:
+        """All codebook versions and the statistics that wait for the next one.
+
+        Args:
+            rule: when and how the next version is made; the default rule when None.
+            resuming: an ingest id whose unfinished slice must decide as if it had published nothing yet.
+        """
+        return load_chain(self, rule, resuming)
+
+    def visible(self, ignore_ingest: str | None = None) -> VisibleKeys:
+        """The newest visible revision of every document, for judging what is new.
+
+        Args:
+            ignore_ingest: leave out what this ingest added, so that its rerun plans exactly as the first time.
+        """
+        codes = self.read(
+            "codes",
+            ["key", "added_at"],
+            None if ignore_ingest is None else lambda path: ingest_of(path) != ignore_ingest,
+        )
+        return visible_keys(codes, lambda: self.read("documents", ["key", "added_at", "content_hash"]))
+
+    def passages(self, as_of: int | None = None) -> pa.Table:
+        """The passages of every document's newest revision, with their document's id, title and uri.
+
+        Args:
+            as_of: microseconds since the epoch: only what had been added by then. None: now.
+
+        Returns:
+            The columns of ``schemas.tables.CODES`` and ``doc_id, title, uri``, sorted by (key, passage).
+        """
+        codes = self.read("codes")
+        codes = codes.filter(pa.array(newest_revisions(codes, as_of)))
+        codes = codes.sort_by([("key", "ascending"), ("passage", "ascending")])
+        documents = self.read("documents", ["key", "added_at", *PASSAGE_DOCUMENT_COLUMNS])
+        return join_documents(codes, documents, PASSAGE_DOCUMENT_COLUMNS, self.uri)
+
+    def replay(self, as_of: int | None = None) -> pa.Table:
+        """Questions and answers of every document's newest revision: the columns of ``schemas.tables.REPLAY``."""
+        codes = self.read("codes", ["key", "added_at"])
+        codes = codes.filter(pa.array(newest_revisions(codes, as_of)))
+        rows = self.read("replay")
+        return rows.filter(pa.array(revision_places(rows, codes) >= 0))
+
+    def documents(self, keys: Iterable[int] | None = None) -> Mapping[int, dict[str, object]]:
+        """Key → the columns of ``schemas.tables.DOCUMENTS`` of its newest visible revision; all keys when None."""
+        codes = self.read("codes", ["key", "added_at"])
+        codes = codes.filter(pa.array(newest_revisions(codes)))
+        wanted = None if keys is None else set(keys)
+        found = self.read("documents")
+        place = np.unique(revision_places(codes, found))
+        rows = found.take(pa.array(place[place >= 0], pa.int64())).to_pylist()
+        return {row["key"]: row for row in rows if wanted is None or row["key"] in wanted}
+
+
+def _read_manifest(storage: Storage) -> Manifest:
+    where = storage.locate(MANIFEST)
+    try:
+        text = storage.read_bytes(MANIFEST).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DamagedFile(
+            "the bank's manifest cannot be read",
+            value=where,
+            cause="it is not UTF-8",
+            fix="restore manifest.json from a copy; without it the codes have no meaning",
+        ) from error
+    return Manifest.from_json(text, where)
+
+
+def _create_table(storage: Storage, name: str, description: str) -> None:
+    """Create a Delta table unless it is there; safe when others do the same at the same time."""
+    where, options = storage.locate(name), storage.delta_options() or None
+    try:
+        if DeltaTable.is_deltatable(where, storage_options=options):
+            return
+        if storage.is_local:
+            Path(where).mkdir(parents=True, exist_ok=True)
+        DeltaTable.create(where, TABLES[name], mode="error", description=description or None, storage_options=options)
+    except (DeltaError, OSError) as error:
+        if not _is_table(where, options):
+            raise as_storage_error(error, f"create the table `{name}`", where) from error
+
+
+def _is_table(where: str, options: dict[str, str] | None) -> bool:
+    try:
+        return DeltaTable.is_deltatable(where, storage_options=options)
+    except (DeltaError, OSError):
+        return False
+
+
+def _load_table(storage: Storage, name: str) -> DeltaTable:
+    where = storage.locate(name)
+    try:
+        return DeltaTable(where, storage_options=storage.delta_options() or None)
+    except TableNotFoundError as error:
+        raise DamagedFile(
+            f"the table `{name}` is not there",
+            value=where,
+            cause="its folder or its _delta_log was removed",
+            fix="restore it from a copy of the bank",
+        ) from error
+    except (DeltaError, OSError) as error:
+        raise as_storage_error(error, f"read the log of the table `{name}`", where) from error

@@ -1,0 +1,222 @@
+"""Codebook versions and pending statistics of a bank: immutable files, registered create-only in a Delta table.
+
+Version numbers are app ids in the log of ``codebook_versions``: of two runs that would publish the same version at
+once, one wins; the other sees the winner's row and goes on if it is the same codebook, or stops.
+
+Statistics that have not reached a publication yet are files named by the ledger rows of the slices which gathered
+them. So they count exactly when their slice does, and nothing has to be updated in place.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from mbc_core.bank import parquet
+from mbc_core.bank.commit import check_ingest_id, commit_files, finished_slices, safe_name, write_rows
+from mbc_core.errors import DamagedFile, StorageError, UsageError
+from schemas.manifest import Manifest
+from schemas.tables import CODEBOOK_VERSIONS, UNDATED
+
+if TYPE_CHECKING:
+    from mbc_core.bank.bank import Bank
+    from mbc_core.codebook.chain import CodebookChain
+    from mbc_core.codebook.files import Codebook
+    from mbc_core.codebook.statistics import BatchStatistics
+    from mbc_core.codebook.update import CodebookUpdate, UpdateRule
+
+FOLDER = "codebooks"
+PENDING = f"{FOLDER}/pending"
+
+
+def check_codebook(manifest: Manifest, codebook: Codebook) -> None:
+    """Whether the codebook has the bank's K and d_c.
+
+    Raises:
+        UsageError: it has not.
+    """
+    found, wanted = (codebook.size, codebook.width), (manifest.codewords, manifest.width)
+    if found != wanted:
+        raise UsageError(
+            "the codebook does not fit the bank",
+            value=f"K = {found[0]}, d_c = {found[1]}",
+            cause=f"the bank has K = {wanted[0]}, d_c = {wanted[1]}",
+            fix=f"use the codebook trained for T = {manifest.slots}",
+        )
+
+
+def register_codebook(
+    bank: Bank, codebook: Codebook, update: CodebookUpdate | None = None, *, ingest_id: str = "", slice_name: str = ""
+) -> bool:
+    """Add a version to the bank's chain: first its file, then its row; a retry changes nothing.
+
+    Args:
+        update: the figures of the update that made it; for version 0 they follow from its counts.
+        ingest_id, slice_name: the slice that publishes it.
+
+    Returns:
+        True when registered now, False when this very codebook was registered before.
+
+    Raises:
+        StorageError: another codebook was registered under this version.
+        UsageError: the codebook does not fit the bank.
+    """
+    check_codebook(bank.manifest, codebook)
+    data = codebook.to_bytes()
+    path = f"{FOLDER}/{codebook.version:05d}-{codebook.digest[: parquet.DIGEST_CHARACTERS]}.safetensors"
+    bank.storage.write_new(path, data)
+    row = {
+        "version": codebook.version,
+        "parent": codebook.parent,
+        "built_from": list(codebook.built_from),
+        "file": path,
+        "digest": codebook.digest,
+        "vectors": 0 if update is None else update.vectors,
+        **_figures(codebook, update),
+        "ingest_id": ingest_id,
+        "slice": slice_name,
+        "added_at": time.time_ns() // 1000,
+    }
+    rows = pa.Table.from_pylist([row], CODEBOOK_VERSIONS)
+    file = write_rows(bank, "codebook_versions", rows, f"{codebook.version:05d}")
+    if commit_files(bank, "codebook_versions", [file], f"codebook/{codebook.version}"):
+        return True
+    winner = version_rows(bank)[codebook.version]
+    if winner["digest"] != codebook.digest:
+        raise StorageError(
+            f"codebook version {codebook.version} was published by another run meanwhile",
+            value=f"{winner['digest'][:12]}… by ingest {winner['ingest_id'] or 'of the bank itself'}",
+            cause="two runs that update the codebook write to this bank at the same time",
+            fix="run the same command again: it goes on from the other run's codebook",
+        )
+    return False
+
+
+def version_rows(bank: Bank) -> dict[int, dict[str, Any]]:
+    """Version → its row of ``codebook_versions``, ascending.
+
+    Raises:
+        DamagedFile: a version is missing from the chain.
+    """
+    rows = {row["version"]: row for row in bank.read("codebook_versions").sort_by("version").to_pylist()}
+    if list(rows) != list(range(len(rows))) or not rows:
+        raise DamagedFile(
+            "the bank's chain of codebook versions has gaps",
+            value=list(rows),
+            cause="rows of the table codebook_versions were removed",
+            fix="restore the table from a copy of the bank",
+        )
+    return rows
+
+
+def load_codebook(bank: Bank, row: dict[str, Any]) -> Codebook:
+    """The codebook of a row of ``codebook_versions``, its digest checked.
+
+    Raises:
+        DamagedFile: the file is missing, damaged, or holds another version or size.
+    """
+    from mbc_core.codebook.files import Codebook
+
+    where = bank.storage.locate(row["file"])
+    if not bank.storage.exists(row["file"]):
+        raise DamagedFile(
+            f"the file of codebook version {row['version']} is missing",
+            value=where,
+            cause="it was removed; the codes of this version cannot be read without it",
+            fix="restore the file from a copy of the bank",
+        )
+    codebook = Codebook.from_bytes(bank.storage.read_bytes(row["file"]), where, digest=row["digest"])
+    check_codebook(bank.manifest, codebook)
+    return codebook
+
+
+def load_chain(bank: Bank, rule: UpdateRule | None, resuming: str | None) -> CodebookChain:
+    """The chain of versions with the statistics that wait for the next publication.
+
+    Args:
+        resuming: an ingest id: versions published by slices of this ingest that were not finished are left out
+            while nothing was built on them, so that the rerun decides (and publishes) exactly as the first time.
+    """
+    from mbc_core.codebook.chain import CodebookChain
+
+    rows = list(version_rows(bank).values())
+    if resuming is not None:
+        finished = finished_slices(bank, resuming)
+        while rows[-1]["ingest_id"] == resuming and rows[-1]["slice"] not in finished:
+            rows.pop()
+    versions = [bank.codebook(row["version"]) for row in rows]
+    return CodebookChain(
+        versions, load_pending(bank, versions[-1].last_window), window_seconds=bank.manifest.window_seconds, rule=rule
+    )
+
+
+def save_statistics(bank: Bank, ingest_id: str, slice_name: str, window: str, statistics: BatchStatistics) -> str:
+    """Write what a slice gathered in a window; the path belongs into the slice's ledger row of that window.
+
+    Returns:
+        Path below the bank's root, for the ledger's column ``statistics``.
+    """
+    data = statistics.to_bytes()
+    name = f"{safe_name(slice_name)}-{safe_name(window)}-{parquet.digest(data)}.safetensors"
+    path = f"{PENDING}/{check_ingest_id(ingest_id)}/{name}"
+    bank.storage.write_new(path, data)
+    return path
+
+
+def load_pending(bank: Bank, last_window: str | None) -> list[tuple[str, BatchStatistics]]:
+    """(window, statistics) of every committed slice whose window no codebook version has taken in, in window order.
+
+    Args:
+        last_window: newest window of the head; None takes all.
+    """
+    from mbc_core.codebook.statistics import BatchStatistics
+
+    found = []
+    for window, path in _statistics_paths(bank, lambda window: last_window is None or window > last_window):
+        data = bank.storage.read_bytes(path)
+        where = bank.storage.locate(path)
+        parquet.check_digest(data, path.removesuffix(".safetensors").rsplit("-", 1)[-1], where)
+        found.append((window, BatchStatistics.from_bytes(data, where)))
+    return found
+
+
+def drop_folded_statistics(bank: Bank, last_window: str | None) -> int:
+    """Delete the statistics files that a published version has taken in (they hold samples of vectors).
+
+    Call it after a slice is committed, with the head's last window; a crash leaves files that the next call deletes.
+
+    Returns:
+        How many files were deleted.
+    """
+    if last_window is None:
+        return 0
+    paths = [
+        path for _, path in _statistics_paths(bank, lambda window: window <= last_window) if bank.storage.exists(path)
+    ]
+    for path in paths:
+        bank.storage.delete(path)
+    return len(paths)
+
+
+def _statistics_paths(bank: Bank, keep: Callable[[str], bool]) -> list[tuple[str, str]]:
+    ledger = bank.read("ledger", ["window", "statistics"])
+    pairs = zip(ledger["window"].to_pylist(), ledger["statistics"].to_pylist(), strict=True)
+    return sorted((window, path) for window, path in pairs if path and window != UNDATED and keep(window))
+
+
+def _figures(codebook: Codebook, update: CodebookUpdate | None) -> dict[str, Any]:
+    if update is not None:
+        return {
+            "used": int(update.used),
+            "perplexity": float(update.perplexity),
+            "resets": int(update.resets),
+            "error": float(update.error),
+        }
+    share = codebook.count / codebook.count.sum()
+    share = share[share > 0]
+    perplexity = float(np.exp(-(share * np.log(share)).sum()))
+    return {"used": int((codebook.count > 0).sum()), "perplexity": perplexity, "resets": 0, "error": None}

@@ -1,0 +1,339 @@
+"""Writing a bank: new files first, then one Delta commit that makes them count, each commit exactly once.
+
+A *slice* is the unit of durability: a bounded share of one run (an *ingest*). Its tables are committed in the
+order replay, documents, dead_letter, codes, ledger. Only ``codes`` makes a document visible: rows of the other
+tables count only when codes hold the same (key, added_at), so what a crash leaves behind is never seen. Every
+commit carries an app id and a version in the Delta log, which is asked before committing: a rerun skips what is
+done, whatever the moment of the crash.
+
+The ledger rows of a slice are written as a file before codes are committed, and the commit of codes names that
+file: if the run dies between the two commits, :func:`settle` finds it and commits it.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
+
+import pyarrow as pa
+from deltalake import CommitProperties, DeltaTable, Transaction
+from deltalake.exceptions import CommitFailedError, DeltaError
+from deltalake.transaction import AddAction, RemoveAction
+
+from mbc_core.bank import parquet
+from mbc_core.bank.storage import as_storage_error
+from mbc_core.errors import DamagedFile, StorageError, UsageError
+from schemas.tables import TABLES
+
+if TYPE_CHECKING:
+    from mbc_core.bank.bank import Bank
+
+PREPARATORY = ("replay", "documents", "dead_letter")
+"""Tables committed before ``codes``, in this order."""
+
+_LEDGER_FILE = "mbc.ledger"
+_ATTEMPTS = 8
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
+_FILE = re.compile(
+    r"(?P<ingest>[^/]+)/(?P<slice>.+)-p(?P<pane>\d+)-t(?P<added_at>\d+)-s(?P<shard>\d+)-(?P<digest>[0-9a-f]{32})\.parquet"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedFile:
+    """A file that is written but not yet committed.
+
+    Attributes:
+        path: relative to the table's folder.
+        size: bytes. rows: rows. statistics: JSON, as a Delta log keeps them.
+    """
+
+    path: str
+    size: int
+    rows: int
+    statistics: str
+
+
+@dataclass(frozen=True, slots=True)
+class SliceId:
+    """Which slice, and the moment it is added: one ``added_at`` for all its rows ties its tables together.
+
+    Attributes:
+        ingest_id: 1-80 characters of A-Z a-z 0-9 . _ - (also a folder's name).
+        name: of the slice (or window, in streams) within the ingest.
+        pane: 0, or the number of the late pane.
+        added_at: microseconds since the epoch, UTC.
+    """
+
+    ingest_id: str
+    name: str
+    pane: int
+    added_at: int
+
+    @classmethod
+    def begin(cls, ingest_id: str, name: str, pane: int = 0) -> SliceId:
+        """A slice added now."""
+        return cls(check_ingest_id(ingest_id), name, pane, time.time_ns() // 1000)
+
+    def stem(self, shard: int = 0) -> str:
+        """Start of the names of its files, below a table's folder."""
+        return f"{self.ingest_id}/{safe_name(self.name)}-p{self.pane}-t{self.added_at}-s{shard}"
+
+    def app_id(self, table: str) -> str:
+        """App id of its commit to ``table``. Preparatory tables may be committed again by a later attempt."""
+        attempt = f"/{self.added_at}" if table in PREPARATORY else ""
+        return f"{table}/{self.ingest_id}/{self.name}{attempt}"
+
+
+Rows: TypeAlias = "pa.Table | Sequence[PreparedFile]"
+
+
+@dataclass(frozen=True, slots=True)
+class SliceRows:
+    """What one slice adds: for each table its rows, or files that :func:`write_rows` has prepared.
+
+    Rows follow ``schemas.tables``; their column ``added_at`` may be left out and is set to the slice's. Prepared
+    files must have been written with the same :class:`SliceId` that is given to :func:`commit_slice`. The ledger
+    is always rows.
+    """
+
+    codes: Rows
+    documents: Rows
+    replay: Rows
+    dead_letters: Rows
+    ledger: pa.Table
+
+
+def check_ingest_id(ingest_id: str) -> str:
+    """The id, if it can name a folder.
+
+    Raises:
+        UsageError: empty, too long, or other characters.
+    """
+    if not _NAME.fullmatch(ingest_id):
+        raise UsageError(
+            "the ingest id cannot be used",
+            value=ingest_id,
+            cause="it names a folder: 1 to 80 letters, digits, '.', '_' and '-', beginning with a letter or digit",
+            fix="choose a plain name such as nightly-2024-07-01",
+        )
+    return ingest_id
+
+
+def write_rows(bank: Bank, table: str, rows: pa.Table, stem: str) -> PreparedFile:
+    """Write ``rows`` as the new file ``<stem>-<digest>.parquet`` of ``table``; nothing reads it before a commit.
+
+    Raises:
+        UsageError: the rows do not follow the table's schema.
+        StorageError: the store is full or may not be written.
+    """
+    rows = parquet.conform(table, rows)
+    data = parquet.to_bytes(table, rows)
+    path = f"{stem}-{parquet.digest(data)}.parquet"
+    bank.storage.write_new(f"{table}/{path}", data)
+    return PreparedFile(path, len(data), rows.num_rows, parquet.delta_statistics(rows))
+
+
+def write_slice_rows(bank: Bank, table: str, rows: pa.Table, slice_id: SliceId, shard: int = 0) -> PreparedFile:
+    """:func:`write_rows` for one shard of a slice: sets ``added_at`` and names the file by the slice."""
+    return write_rows(bank, table, stamped(table, rows, slice_id.added_at), slice_id.stem(shard))
+
+
+def stamped(table: str, rows: pa.Table, added_at: int) -> pa.Table:
+    """``rows`` with their column ``added_at`` set (microseconds since the epoch)."""
+    kept = rows.drop_columns(["added_at"]) if "added_at" in rows.column_names else rows
+    field = TABLES[table].field("added_at")
+    times = pa.array([added_at], field.type).take(pa.array([0] * rows.num_rows, pa.int32()))
+    return kept.append_column(field, times)
+
+
+def commit_files(
+    bank: Bank,
+    table: str,
+    files: Sequence[PreparedFile],
+    app_id: str,
+    version: int = 0,
+    metadata: dict[str, str] | None = None,
+) -> bool:
+    """Make ``files`` part of ``table`` in one atomic commit, at most once for (app_id, version).
+
+    Returns:
+        True when committed now; False when it had been committed before, by this process or another.
+
+    Raises:
+        DamagedFile: a file is missing or has another size than when it was prepared.
+        StorageError: the log may not be written, or other writers won too often.
+    """
+    _check_present(bank, table, files)
+    actions: list[AddAction | RemoveAction] = [
+        AddAction(
+            path=one.path,
+            size=one.size,
+            partition_values={},
+            modification_time=time.time_ns() // 1_000_000,
+            data_change=True,
+            stats=one.statistics,
+        )
+        for one in files
+    ]
+    properties = CommitProperties(custom_metadata=metadata, app_transactions=[Transaction(app_id, version)])
+    for attempt in range(_ATTEMPTS):
+        delta = bank.table(table)
+        if _is_committed(delta, app_id, version):
+            return False
+        try:
+            delta.create_write_transaction(actions, "append", delta.schema(), commit_properties=properties)
+        except CommitFailedError:
+            # Another writer was faster. If it was this very commit, the next look finds it; else try again.
+            time.sleep(0.05 * 2**attempt)
+        except (DeltaError, OSError) as error:
+            raise as_storage_error(error, f"commit to the table `{table}`", bank.storage.locate(table)) from error
+        else:
+            return True
+    raise StorageError(
+        f"other writers won the race for the table `{table}` every time",
+        value=f"{_ATTEMPTS} attempts",
+        cause="many runs write to this bank at the same moment",
+        fix="run again (finished slices are skipped), with fewer writers at a time",
+    )
+
+
+def is_committed(bank: Bank, table: str, app_id: str, version: int = 0) -> bool:
+    """Whether the commit (app_id, version) of ``table`` is done."""
+    return _is_committed(bank.table(table), app_id, version)
+
+
+def commit_slice(
+    bank: Bank, rows: SliceRows, ingest_id: str, slice_name: str, pane: int = 0, slice_id: SliceId | None = None
+) -> bool:
+    """Add one slice to the bank, exactly once, whenever earlier attempts died.
+
+    Args:
+        bank: an open bank.
+        rows: what to add. Given as rows, an interrupted earlier attempt with equal rows is continued.
+        ingest_id, slice_name, pane: which slice.
+        slice_id: the slice as begun before, when files were prepared under it; made here otherwise.
+
+    Returns:
+        True when this call made the slice visible; False when it was visible before.
+    """
+    begun = (
+        slice_id or _continued(bank, rows, ingest_id, slice_name, pane) or SliceId.begin(ingest_id, slice_name, pane)
+    )
+    if is_committed(bank, "codes", begun.app_id("codes"), pane):
+        settle(bank, ingest_id)
+        return False
+    for table, given in (("replay", rows.replay), ("documents", rows.documents), ("dead_letter", rows.dead_letters)):
+        if files := _prepare(bank, table, given, begun):
+            commit_files(bank, table, files, begun.app_id(table), pane)
+    codes = _prepare(bank, "codes", rows.codes, begun)
+    ledger = write_slice_rows(bank, "ledger", rows.ledger, begun)
+    won = commit_files(bank, "codes", codes, begun.app_id("codes"), pane, {_LEDGER_FILE: ledger.path})
+    if won:
+        commit_files(bank, "ledger", [ledger], begun.app_id("ledger"), pane)
+    else:
+        settle(bank, ingest_id)
+    return won
+
+
+def settle(bank: Bank, ingest_id: str) -> int:
+    """Commit the ledger rows of slices whose codes were committed just before a crash.
+
+    Returns:
+        How many slices were settled.
+    """
+    in_log = {path for path, _ in bank.files("ledger")}
+    waiting = [one.path.removeprefix("ledger/") for one in bank.storage.list(f"ledger/{check_ingest_id(ingest_id)}")]
+    waiting = [path for path in waiting if path not in in_log and _FILE.fullmatch(path)]
+    if not waiting:
+        return 0
+    named = {entry.get(_LEDGER_FILE) for entry in bank.table("codes").history()}
+    settled = 0
+    for path in waiting:
+        if path in named:
+            settled += _settle_file(bank, path)
+    return settled
+
+
+def finished_slices(bank: Bank, ingest_id: str) -> set[str]:
+    """Names of the slices of this ingest that are wholly in the bank; settles what a crash left between two commits."""
+    settle(bank, ingest_id)
+    ledger = bank.read("ledger", ["ingest_id", "slice"])
+    return {
+        name
+        for one, name in zip(ledger["ingest_id"].to_pylist(), ledger["slice"].to_pylist(), strict=True)
+        if one == ingest_id
+    }
+
+
+def safe_name(name: str) -> str:
+    """``name`` as part of a file's name."""
+    return re.sub(r"[^A-Za-z0-9._-]", "_", name)
+
+
+def ingest_of(path: str) -> str:
+    """The ingest that wrote a file, from its path below the table's folder; empty for files of other origin."""
+    return path.split("/", 1)[0] if "/" in path else ""
+
+
+def _settle_file(bank: Bank, path: str) -> int:
+    rows = bank.read_file("ledger", path)
+    size = bank.storage.size(f"ledger/{path}") or 0
+    slice_id = SliceId(rows["ingest_id"][0].as_py(), rows["slice"][0].as_py(), rows["pane"][0].as_py(), 0)
+    file = PreparedFile(path, size, rows.num_rows, parquet.delta_statistics(rows))
+    return int(commit_files(bank, "ledger", [file], slice_id.app_id("ledger"), slice_id.pane))
+
+
+def _prepare(bank: Bank, table: str, given: Rows, slice_id: SliceId) -> list[PreparedFile]:
+    if not isinstance(given, pa.Table):
+        return list(given)
+    return [write_slice_rows(bank, table, given, slice_id)] if given.num_rows else []
+
+
+def _continued(bank: Bank, rows: SliceRows, ingest_id: str, name: str, pane: int) -> SliceId | None:
+    """The attempt that a crash cut short after its documents were committed, if it had exactly these rows.
+
+    The name of a file is the digest of its rows, ``added_at`` among them: equal names mean equal rows.
+    """
+    if not isinstance(rows.documents, pa.Table):
+        return None
+    prefix = SliceId(check_ingest_id(ingest_id), name, pane, 0).stem().removesuffix("-t0-s0") + "-t"
+    stored = {table: {path for path, _ in bank.files(table) if path.startswith(prefix)} for table in PREPARATORY}
+    moments = {int(found["added_at"]) for path in set().union(*stored.values()) if (found := _FILE.fullmatch(path))}
+    for added_at in sorted(moments):
+        slice_id = SliceId(ingest_id, name, pane, added_at)
+        given = {"replay": rows.replay, "documents": rows.documents, "dead_letter": rows.dead_letters}
+        if all(_same_file(stored[table], table, given[table], slice_id) for table in PREPARATORY):
+            return slice_id
+    return None
+
+
+def _same_file(stored: set[str], table: str, rows: Rows, slice_id: SliceId) -> bool:
+    """Whether nothing of this attempt is in the log of ``table``, or exactly the file these rows make."""
+    mine = {path for path in stored if path.startswith(slice_id.stem())}
+    if not mine:
+        return True
+    if not isinstance(rows, pa.Table) or not rows.num_rows:
+        return False
+    data = parquet.to_bytes(table, parquet.conform(table, stamped(table, rows, slice_id.added_at)))
+    return mine == {f"{slice_id.stem()}-{parquet.digest(data)}.parquet"}
+
+
+def _check_present(bank: Bank, table: str, files: Sequence[PreparedFile]) -> None:
+    for one in files:
+        size = bank.storage.size(f"{table}/{one.path}")
+        if size != one.size:
+            raise DamagedFile(
+                "a prepared file is not as it was written",
+                value=bank.storage.locate(f"{table}/{one.path}"),
+                cause="it is missing" if size is None else f"it has {size} bytes, written were {one.size}",
+                fix="run the same command again: it writes the file anew and goes on from here",
+            )
+
+
+def _is_committed(delta: DeltaTable, app_id: str, version: int) -> bool:
+    done = delta.transaction_version(app_id)
+    return done is not None and done >= version
