@@ -120,7 +120,8 @@ DEAD_LETTER = pa.schema(
 LIVE_ADAPTER = pa.schema(
     [
         pa.field("base_digest", pa.string(), nullable=False),
-        pa.field("version", pa.string(), nullable=False),
+        pa.field("version", pa.string()),
+        pa.field("action", pa.string(), nullable=False),
         pa.field("reason", pa.string(), nullable=False),
         pa.field("added_at", TIME, nullable=False),
     ]
@@ -138,8 +139,8 @@ TABLES: dict[str, pa.Schema] = {
 """Folder below the bank's root → schema of the Delta table there."""
 
 SORT_ORDER: dict[str, tuple[str, ...]] = {
-    "codes": ("window", "key", "passage"),
-    "documents": ("key",),
+    "codes": ("window", "event_time", "key", "passage"),
+    "documents": ("event_time", "key"),
     "replay": ("window", "key", "question", "answer"),
     "codebook_versions": ("version",),
     "ledger": ("window",),

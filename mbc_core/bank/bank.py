@@ -9,26 +9,29 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError, TableNotFoundError
 
-from mbc_core.bank import parquet
+from mbc_core.bank import export, inspect, parquet
 from mbc_core.bank.codebooks import check_codebook, load_chain, load_codebook, register_codebook, version_rows
 from mbc_core.bank.commit import ingest_of
-from mbc_core.bank.storage import Storage, as_storage_error
+from mbc_core.bank.storage import Storage, as_storage_error, is_refusal, plain_cause
 from mbc_core.bank.visible import VisibleKeys, join_documents, newest_revisions, revision_places, visible_keys
 from mbc_core.errors import DamagedFile, IncompatibleBank, StorageError, UsageError
 from schemas.manifest import Manifest
 from schemas.tables import TABLES
 
 if TYPE_CHECKING:
+    from mbc_core.bank.export import WordDecoder
     from mbc_core.codebook.chain import CodebookChain
     from mbc_core.codebook.files import Codebook
     from mbc_core.codebook.update import UpdateRule
+    from schemas.results import InspectResult, VerifiedInspectResult
 
 MANIFEST = "manifest.json"
 PASSAGE_DOCUMENT_COLUMNS = ["doc_id", "title", "uri"]
@@ -219,12 +222,13 @@ class Bank:
             as_of: microseconds since the epoch: only what had been added by then. None: now.
 
         Returns:
-            The columns of ``schemas.tables.CODES`` and ``doc_id, title, uri``, sorted by (key, passage).
+            The columns of ``schemas.tables.CODES`` and ``doc_id, title, uri``, sorted by (key, passage). A document
+            without a title has its id as title.
         """
         codes = self.read("codes")
         codes = codes.filter(pa.array(newest_revisions(codes, as_of)))
         codes = codes.sort_by([("key", "ascending"), ("passage", "ascending")])
-        documents = self.read("documents", ["key", "added_at", *PASSAGE_DOCUMENT_COLUMNS])
+        documents = _titled(self.read("documents", ["key", "added_at", *PASSAGE_DOCUMENT_COLUMNS]))
         return join_documents(codes, documents, PASSAGE_DOCUMENT_COLUMNS, self.uri)
 
     def replay(self, as_of: int | None = None) -> pa.Table:
@@ -239,10 +243,30 @@ class Bank:
         codes = self.read("codes", ["key", "added_at"])
         codes = codes.filter(pa.array(newest_revisions(codes)))
         wanted = None if keys is None else set(keys)
-        found = self.read("documents")
+        found = _titled(self.read("documents"))
         place = np.unique(revision_places(codes, found))
         rows = found.take(pa.array(place[place >= 0], pa.int64())).to_pylist()
         return {row["key"]: row for row in rows if wanted is None or row["key"] in wanted}
+
+    def inspect(self, verify: bool = False) -> InspectResult | VerifiedInspectResult:
+        """What ``mbc inspect --json`` prints; with ``verify`` every file, digest, count and link is checked."""
+        return inspect.verify(self) if verify else inspect.inspect(self)
+
+    def export(
+        self,
+        out: Path | BinaryIO,
+        format: Literal["parquet", "jsonl"] = "parquet",
+        lexicon: WordDecoder | None = None,
+        as_of: int | None = None,
+    ) -> int:
+        """Write every passage decoded; see :func:`mbc_core.bank.export.export`."""
+        return export.export(self, out, format, lexicon, as_of)
+
+
+def _titled(documents: pa.Table) -> pa.Table:
+    """A null title stands for one that equals the id, or for none: show the id."""
+    titles = pc.coalesce(documents["title"], documents["doc_id"])
+    return documents.set_column(documents.schema.get_field_index("title"), "title", titles)
 
 
 def _read_manifest(storage: Storage) -> Manifest:
@@ -291,5 +315,14 @@ def _load_table(storage: Storage, name: str) -> DeltaTable:
             cause="its folder or its _delta_log was removed",
             fix="restore it from a copy of the bank",
         ) from error
-    except (DeltaError, OSError) as error:
+    except OSError as error:
         raise as_storage_error(error, f"read the log of the table `{name}`", where) from error
+    except DeltaError as error:
+        if is_refusal(error):
+            raise as_storage_error(error, f"read the log of the table `{name}`", where) from error
+        raise DamagedFile(
+            f"the log of the table `{name}` cannot be read",
+            value=where,
+            cause=plain_cause(error),
+            fix="restore the files of its _delta_log from a copy of the bank",
+        ) from error

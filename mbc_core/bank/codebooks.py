@@ -19,6 +19,7 @@ import pyarrow as pa
 from mbc_core.bank import parquet
 from mbc_core.bank.commit import check_ingest_id, commit_files, finished_slices, safe_name, write_rows
 from mbc_core.errors import DamagedFile, StorageError, UsageError
+from mbc_core.windows import window_order
 from schemas.manifest import Manifest
 from schemas.tables import CODEBOOK_VERSIONS, UNDATED
 
@@ -176,7 +177,7 @@ def load_pending(bank: Bank, last_window: str | None) -> list[tuple[str, BatchSt
     from mbc_core.codebook.statistics import BatchStatistics
 
     found = []
-    for window, path in _statistics_paths(bank, lambda window: last_window is None or window > last_window):
+    for window, path in _statistics_paths(bank, lambda window: not _is_folded(window, last_window)):
         data = bank.storage.read_bytes(path)
         where = bank.storage.locate(path)
         parquet.check_digest(data, path.removesuffix(".safetensors").rsplit("-", 1)[-1], where)
@@ -195,17 +196,24 @@ def drop_folded_statistics(bank: Bank, last_window: str | None) -> int:
     if last_window is None:
         return 0
     paths = [
-        path for _, path in _statistics_paths(bank, lambda window: window <= last_window) if bank.storage.exists(path)
+        path
+        for _, path in _statistics_paths(bank, lambda window: _is_folded(window, last_window))
+        if bank.storage.exists(path)
     ]
     for path in paths:
         bank.storage.delete(path)
     return len(paths)
 
 
+def _is_folded(window: str, last_window: str | None) -> bool:
+    return last_window is not None and window_order(window) <= window_order(last_window)
+
+
 def _statistics_paths(bank: Bank, keep: Callable[[str], bool]) -> list[tuple[str, str]]:
     ledger = bank.read("ledger", ["window", "statistics"])
     pairs = zip(ledger["window"].to_pylist(), ledger["statistics"].to_pylist(), strict=True)
-    return sorted((window, path) for window, path in pairs if path and window != UNDATED and keep(window))
+    kept = [(window, path) for window, path in pairs if path and window != UNDATED and keep(window)]
+    return sorted(kept, key=lambda pair: (window_order(pair[0]), pair[1]))
 
 
 def _figures(codebook: Codebook, update: CodebookUpdate | None) -> dict[str, Any]:

@@ -88,7 +88,7 @@ def to_bytes(table: str, rows: pa.Table) -> bytes:
         data_page_size=8 << 20,
         store_schema=False,
     )
-    return sink.getvalue().to_pybytes()
+    return bytes(sink.getvalue().to_pybytes())
 
 
 def from_bytes(data: bytes, where: str, columns: list[str] | None = None, *, schema: pa.Schema) -> pa.Table:

@@ -23,8 +23,10 @@ from mbc_core.errors import StorageError, UsageError
 
 _SCHEMES = ("s3", "gs")
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_GONE = {errno.ENOENT, errno.ENOTDIR}
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 _TEMPORARY = ".tmp-"
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
@@ -186,21 +188,39 @@ def storage_errors(doing: str, where: str) -> Iterator[None]:
 
 
 def as_storage_error(error: Exception, doing: str, where: str) -> StorageError:
-    """The :class:`StorageError` that fits ``error``, by its number or, for libraries that hide it, its text."""
+    """The :class:`StorageError` that fits ``error``."""
+    cause, fix = _refusal(error) or (
+        plain_cause(error),
+        "check the path, the network and the credentials, then run again",
+    )
+    return StorageError(f"the bank's storage refused to {doing}", value=where, cause=cause, fix=fix)
+
+
+def is_refusal(error: Exception) -> bool:
+    """Whether the store itself refused (full, forbidden, gone), whatever library reports it."""
+    return _refusal(error) is not None
+
+
+def _refusal(error: Exception) -> tuple[str, str] | None:
+    """Cause and fix, by the error's number or, for libraries that hide it, its text."""
     number = getattr(error, "errno", None)
     text = str(error)
     if number is None and (found := _OS_ERROR.search(text)):
         number = int(found.group(1))
     low = text.lower()
     if number in _FULL or "no space left" in low or "file too large" in low:
-        cause, fix = "the disk or quota is full", "free some space and run the same command again: it goes on from here"
-    elif number in _FORBIDDEN or "permission denied" in low or "access denied" in low or "forbidden" in low:
-        cause, fix = "this user may not touch it", "change its owner or mode, or the bucket's policy"
-    elif number in (errno.ENOENT, errno.ENOTDIR) or "not found" in low or isinstance(error, FileNotFoundError):
-        cause, fix = "it is not there, or was removed meanwhile", "check the path; restore the file from a copy"
-    else:
-        cause, fix = " ".join(text.split())[:300], "check the path, the network and the credentials, then run again"
-    return StorageError(f"the bank's storage refused to {doing}", value=where, cause=cause, fix=fix)
+        return "the disk or quota is full", "free some space and run the same command again: it goes on from here"
+    if number in _FORBIDDEN or any(word in low for word in ("permission denied", "access denied", "forbidden")):
+        return "this user may not touch it", "change its owner or mode, or the bucket's policy"
+    if number in _GONE or isinstance(error, FileNotFoundError):
+        return "it is not there, or was removed meanwhile", "check the path; restore the file from a copy"
+    return None
+
+
+def plain_cause(error: Exception) -> str:
+    """What a library says went wrong, on one line: without colours and stack frames."""
+    text = _COLOURS.sub("", str(error)).split("\n   0: ", 1)[0]
+    return " ".join(text.replace("↳", ":").split())[:300]
 
 
 def _link_new(temporary: Path, final: Path) -> bool:
