@@ -81,6 +81,21 @@ def exact_inner_products(a: NDArray[Any], b: NDArray[Any]) -> Float64:
     return products
 
 
+def exact_squared_distances(a: NDArray[Any], b: NDArray[Any]) -> Float64:
+    """Squared Euclidean distances between the rows of ``a`` [n, d] and ``b`` [m, d], reproducible like the products.
+
+    Returns:
+        float64 [n, m], never negative.
+    """
+    left, left_exponent = _fixed_point(a)
+    right, right_exponent = _fixed_point(b)
+    left_norms = np.ldexp((left * left).sum(axis=1, keepdims=True), 2 * left_exponent)
+    right_norms = np.ldexp((right * right).sum(axis=1, keepdims=True), 2 * right_exponent).T
+    products = np.ldexp(left @ right.T, left_exponent + right_exponent.T + 1)
+    distances: Float64 = np.maximum(left_norms - products + right_norms, 0.0)
+    return distances
+
+
 def _fixed_point(rows: NDArray[Any]) -> tuple[Float64, NDArray[np.int32]]:
     """Rows [n, d] → integers held in float64 [n, d] and the power of two [n, 1] that scales them back."""
     if not np.isfinite(rows).all():

@@ -40,6 +40,7 @@ class Codebook:
         reset_at: int32 [K]: version that last reset each code; 0 when none did.
         built_from: windows whose vectors it was updated with, sorted; empty for version 0.
         last_window: newest of them, and of its ancestors'; None for version 0.
+        vectors_seen: slot vectors taken in since version 0, by all versions up to this one.
     """
 
     version: int
@@ -50,6 +51,7 @@ class Codebook:
     reset_at: NDArray[np.int32]
     built_from: tuple[str, ...] = ()
     last_window: str | None = None
+    vectors_seen: int = 0
 
     def __post_init__(self) -> None:
         check_array("the codewords", self.codewords, (None, None), np.float32)
@@ -108,6 +110,7 @@ class Codebook:
             "parent": self.parent,
             "built_from": list(self.built_from),
             "last_window": self.last_window,
+            "vectors_seen": self.vectors_seen,
         }
         tensors: Tensors = {
             "codewords": self.codewords,
@@ -147,6 +150,7 @@ class Codebook:
                 reset_at=tensors["reset_at"],
                 built_from=tuple(metadata["built_from"]),
                 last_window=metadata["last_window"],
+                vectors_seen=int(metadata["vectors_seen"]),
             )
         except (KeyError, TypeError, UsageError) as error:
             raise damaged(where, error) from error
