@@ -23,6 +23,8 @@ COMMANDS = {
 }
 """Command → module and name; imported when used, so that `mbc --help` answers at once."""
 
+SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+
 
 class LazyGroup(click.Group):
     """A group that imports a command's module only when the command is used."""
@@ -44,9 +46,7 @@ class LazyGroup(click.Group):
         return command if isinstance(command, click.Command) else None
 
 
-@click.group(
-    cls=LazyGroup, lazy=COMMANDS, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
-)
+@click.group(cls=LazyGroup, lazy=COMMANDS, context_settings=SETTINGS)
 @click.version_option(package_name="mbc", prog_name="mbc")
 def cli() -> None:
     """Compressed memory banks that keep a language model's knowledge current.

@@ -1,0 +1,137 @@
+"""The pieces used when nobody names others: the fetched models and the weights that come with the release.
+
+A bank's manifest says which pieces its codes need; the functions that take one check it, by name.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mbc_core import weights
+from mbc_core.assets import ASSETS, GgufModel, cache_root, ensure
+from mbc_core.errors import IncompatibleBank, ModelError
+
+if TYPE_CHECKING:
+    from mbc_core.codebook.files import Codebook
+    from mbc_core.codes import Rotation
+    from mbc_core.encoder import PassageEncoder
+    from mbc_core.lexicon import Lexicon
+    from mbc_core.reader.language_model import LanguageModel
+    from schemas.manifest import Manifest
+
+LEXICON = "lexicon.json.gz"
+SALIENCE = "salience.safetensors"
+ROTATION = "rotation.safetensors"
+READER = "reader"
+
+
+def shipped(name: str) -> Path:
+    """A file or folder of shipped weights.
+
+    Raises:
+        ModelError: this installation lacks it.
+    """
+    path = weights.path(name)
+    if not path.exists():
+        raise ModelError(
+            "the installation lacks a weight file",
+            value=str(path),
+            cause="the package was built without its data files, or they were removed",
+            fix="reinstall mbc, or make the file with `mbc train`",
+        )
+    return path
+
+
+def lexicon() -> Lexicon:
+    """The shipped lexicon."""
+    from mbc_core.lexicon import Lexicon
+
+    return Lexicon.load(shipped(LEXICON))
+
+
+def lexicon_for(manifest: Manifest) -> Lexicon | None:
+    """The lexicon that a bank's word codes need; None when it has none.
+
+    Raises:
+        IncompatibleBank: the bank was made with another lexicon than the shipped one.
+    """
+    if not manifest.words:
+        return None
+    found = lexicon()
+    _require("lexicon", found.digest, manifest.lexicon)
+    return found
+
+
+def rotation() -> Rotation:
+    """The shipped rotation R."""
+    from mbc_core.codes import Rotation
+
+    return Rotation.load(shipped(ROTATION))
+
+
+def codebook(slots: int) -> Codebook:
+    """The shipped codebook version 0 for ``slots`` (T) codes a passage.
+
+    Raises:
+        ModelError: none is shipped for this T.
+    """
+    from mbc_core.codebook.files import Codebook
+
+    path = shipped(f"codebook_t{slots}.safetensors")
+    return Codebook.from_bytes(path.read_bytes(), str(path))
+
+
+def encoder(*, device: str = "cpu", precision: str = "auto") -> PassageEncoder:
+    """all-MiniLM-L6-v2 with the shipped salience head, fetched if need be."""
+    from mbc_core.encoder import PassageEncoder
+
+    folder = ensure("minilm") / ASSETS["minilm"].inside
+    return PassageEncoder.load(folder, shipped(SALIENCE), precision=precision, device=device)  # type: ignore[arg-type]
+
+
+def encoder_for(manifest: Manifest, *, device: str = "cpu") -> PassageEncoder:
+    """The encoder that a bank's codes were made with, in the precision they were made with.
+
+    Raises:
+        IncompatibleBank: they were made with another model.
+    """
+    parts = manifest.encoder.split("/")
+    found = encoder(device=device, precision=parts[1] if len(parts) == 3 else "auto")
+    _require("encoder", found.encoder_id, manifest.encoder)
+    return found
+
+
+def language_model_source() -> GgufModel:
+    """Folder and file of SmolLM2-135M-Instruct, fetched if need be."""
+    path = ensure("smollm2") / ASSETS["smollm2"].inside
+    return GgufModel(path.parent, path.name)
+
+
+def language_model(
+    source: str | None = None, *, gguf_file: str | None = None, device: str = "cpu", dtype: str = "auto"
+) -> LanguageModel:
+    """SmolLM2-135M-Instruct, or the model named by ``source`` (a folder or a Hugging Face name)."""
+    from mbc_core.reader.language_model import load_language_model
+
+    cache = cache_root() / "language-models"
+    if source is None:
+        found = language_model_source()
+        return load_language_model(found.folder, found.file, dtype=dtype, device=device, cache=cache)
+    return load_language_model(source, gguf_file, dtype=dtype, device=device, cache=cache)
+
+
+def reader_adapter() -> Path | None:
+    """Folder of the shipped KV-LoRA adapter; None when this installation has none."""
+    path = weights.path(READER)
+    return path if path.exists() else None
+
+
+def _require(what: str, ours: str, theirs: str) -> None:
+    if ours != theirs:
+        raise IncompatibleBank(
+            f"the bank was made with another {what}",
+            value=theirs,
+            cause=f"this release would use {ours}",
+            fix=f"use the release that made the bank, or ingest its sources again into a new bank with this {what}",
+        )

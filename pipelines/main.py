@@ -1,0 +1,40 @@
+"""Console script ``mbc``: the core's commands, and those that run pipelines (ingest, adapt, demo)."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from mbc_core.cli.app import COMMANDS, SETTINGS, LazyGroup, run
+
+PIPELINE_COMMANDS = {
+    "demo": ("pipelines.demo", "demo"),
+    "ingest": ("pipelines.commands", "ingest"),
+    "adapt": ("pipelines.commands", "adapt"),
+}
+
+HELP = """Compressed memory banks that keep a language model's knowledge current.
+
+Start with `mbc demo`. Exit codes: 0 done, 1 failed, 2 wrong use.
+"""
+
+
+def build() -> LazyGroup:
+    """All commands of ``mbc``, none of them imported yet."""
+    group = LazyGroup("mbc", lazy={**PIPELINE_COMMANDS, **COMMANDS}, context_settings=SETTINGS, help=HELP)
+    return _with_version(group)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line; returns the exit code."""
+    return run(build(), arguments)
+
+
+def _with_version(group: LazyGroup) -> LazyGroup:
+    import click
+
+    return click.version_option(package_name="mbc", prog_name="mbc")(group)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
