@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
 from mbc_core.cli.options import bank_option, json_option
 from mbc_core.cli.output import bytes_for_people, note, only_json, out, print_json, table
+
+Form = Literal["parquet", "jsonl"]
 
 
 @click.command()
@@ -51,17 +54,17 @@ def export(bank: str, target: Path | None, form: str | None) -> None:
 
     Example: mbc export --bank demo-bank --out decoded.parquet
     """
+    from mbc_core import defaults
     from mbc_core.bank import Bank
 
     if target is None and form == "parquet":
         raise click.UsageError("Parquet does not go to standard output; name a file with --out.")
-    form = form or ("parquet" if target is not None and target.suffix == ".parquet" else "jsonl")
+    chosen: Form = (
+        "parquet" if form == "parquet" or (form is None and target and target.suffix == ".parquet") else "jsonl"
+    )
     opened = Bank.open(bank)
-    if target is None:
-        opened.export(click.get_binary_stream("stdout"), form)
-        return
-    written = opened.export(target, form)
-    note(f"{written:,} rows in {target}")
+    rows = opened.export(sys.stdout.buffer if target is None else target, chosen, defaults.lexicon_for(opened.manifest))
+    note(f"{rows:,} rows{f' in {target}' if target else ''}")
 
 
 def _show(uri: str, found: Mapping[str, Any]) -> None:

@@ -1,0 +1,79 @@
+"""`mbc ingest` and `mbc adapt`: the same jobs as ``python -m pipelines.ingest`` and ``python -m pipelines.adapt``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import click
+
+from mbc_core.cli.options import bank_option, device_option, json_option, profile_option, window_option
+from mbc_core.cli.output import note, only_json, out, print_json, table
+
+INGEST_HELP = """Read documents into a bank: encode, quantize, update the codebook, write.
+
+SOURCE is a file (.jsonl, .parquet or .csv; .gz and .zst too), a folder or glob of .txt and .md, an s3:// or gs://
+address, or - for JSON Lines on standard input. The same sources again go on where an interrupted run stopped; a
+document that is there already is counted as a duplicate, one whose content changed becomes a new revision.
+
+Example: mbc ingest documents.jsonl notes/ --bank my-bank
+"""
+
+
+@click.command(help=INGEST_HELP)
+@click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
+@bank_option
+@profile_option
+@window_option
+@click.option("--ingest-id", help="Name of this run; a run of the same name goes on where it stopped.")
+@click.option("--keep-text", is_flag=True, help="Also store each document's text, compressed; off by default.")
+@device_option
+@json_option
+def ingest(
+    sources: tuple[str, ...],
+    bank: str,
+    profile: str,
+    window_seconds: int,
+    ingest_id: str | None,
+    keep_text: bool,
+    device: str,
+    as_json: bool,
+) -> None:
+    """See INGEST_HELP."""
+    with only_json(as_json) as stream:
+        from pipelines.ingest import run_ingest
+        from pipelines.options import IngestSettings
+
+        settings = IngestSettings(
+            profile=profile,
+            window_seconds=window_seconds,
+            ingest_id=ingest_id,
+            keep_text=keep_text,
+            device=device,
+        )
+        result = run_ingest(sources, bank, settings)
+        if as_json:
+            print_json(result, stream)
+            return
+    show_ingest(result)
+
+
+def show_ingest(result: Mapping[str, Any]) -> None:
+    """Counts that add up, on standard output."""
+    console = out()
+    parts = ("documents", "duplicates", "replaced", "dead_letters")
+    total = result.get("documents_in", sum(result[name] for name in parts))
+    console.print(
+        f"{total:,} documents in = {result['documents']:,} ingested + {result['duplicates']:,} duplicates"
+        f" + {result['replaced']:,} replaced + {result['dead_letters']:,} dead letters"
+    )
+    console.print(
+        f"{result['passages']:,} passages in {result['windows']:,} windows; codebook version"
+        f" {result['codebook_version']}; {result['seconds']:.1f} s, {result['documents_per_second']:.1f} documents/s"
+    )
+    console.print(f"ingest id {result['ingest_id']}")
+    by_reason = result.get("dead_letters_by_reason") or {}
+    if by_reason:
+        console.print(table("Dead letters", ["reason", "documents"], [list(item) for item in by_reason.items()]))
+    if result.get("slices_skipped"):
+        note(f"{result['slices_skipped']} slices were there already from an earlier run of this ingest id")
