@@ -6,10 +6,22 @@ from pathlib import Path
 
 import click
 
+from mbc_core.cli.train_reader import reader_command
+
+from mbc_core.cli.train_encoder import lexicon_command, prepare_command, salience_command
+
 
 @click.group()
 def train() -> None:
     """Train the project's own small weights, each written with a card."""
+
+
+train.add_command(reader_command)
+
+
+train.add_command(lexicon_command)
+train.add_command(salience_command)
+train.add_command(prepare_command)
 
 
 @train.command("codebook")

@@ -1,0 +1,136 @@
+"""The lexicon: a frozen byte-level BPE whose ids are the word codes (0 … 61,439; the rest of 16 bits is reserved).
+
+The file is JSON, gzipped when its name ends in ``.gz``, and holds the merges only: ids 0-255 are the bytes, id
+256 upwards what the merges make, in order. A word is encoded with a space before it, so codes of several words
+decode to text with spaces between them, whatever the words were.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from mbc_core.errors import DamagedFile, ModelError
+
+VOCABULARY = 61_440
+"""Most entries a lexicon may have; ids from here to 65,535 are reserved."""
+
+FORMAT = "mbc-lexicon-1"
+
+
+class Lexicon:
+    """Words ↔ codes. Immutable; ``digest`` (sha256, hex) names it in a bank's manifest.
+
+    >>> lexicon = Lexicon([])            # no merges: every byte its own code
+    >>> lexicon.decode([code for word in lexicon.encode_words(["on", "30°"]) for code in word])
+    'on 30°'
+    """
+
+    def __init__(self, merges: Sequence[tuple[str, str]]) -> None:
+        self._merges = tuple(merges)
+        self._content = _canonical(self._merges)
+        self.digest = hashlib.sha256(self._content).hexdigest()
+        self._tokenizer = _build(self._merges)
+        self._size = self._tokenizer.get_vocab_size()
+        self._known: dict[str, list[int]] = {}
+
+    def __len__(self) -> int:
+        return self._size
+
+    @classmethod
+    def load(cls, path: Path) -> Lexicon:
+        """Read a lexicon file.
+
+        Raises:
+            ModelError: there is no such file.
+            DamagedFile: it is not a lexicon.
+        """
+        try:
+            stored = path.read_bytes()
+        except OSError as error:
+            raise ModelError(
+                "the lexicon cannot be read",
+                value=str(path),
+                cause=error.strerror or str(error),
+                fix="reinstall the package, or make one with `mbc train lexicon`",
+            ) from error
+        try:
+            fields = json.loads(gzip.decompress(stored) if path.suffix == ".gz" else stored)
+            if fields["format"] != FORMAT:
+                raise ValueError(f"format {fields['format']!r}, this release reads {FORMAT!r}")
+            return cls([_pair(entry) for entry in fields["merges"]])
+        except (ValueError, KeyError, TypeError, OSError, EOFError, zlib.error) as error:
+            raise DamagedFile(
+                "the lexicon file is damaged",
+                value=str(path),
+                cause=str(error),
+                fix="restore the file the bank was made with; word codes have no meaning without it",
+            ) from error
+
+    def save(self, path: Path) -> None:
+        """Write the file that :meth:`load` reads; equal lexicons give equal bytes."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stored = gzip.compress(self._content, compresslevel=9, mtime=0) if path.suffix == ".gz" else self._content
+        path.write_bytes(stored)
+
+    def encode_words(self, words: Sequence[str]) -> list[list[int]]:
+        """Codes of each word (one or more a word; none for an empty word), each word on its own."""
+        unknown = list(dict.fromkeys(word for word in words if word not in self._known))
+        if unknown:
+            if len(self._known) > _REMEMBERED:
+                self._known.clear()
+                unknown = list(dict.fromkeys(words))
+            encodings = self._tokenizer.encode_batch([f" {word}" for word in unknown])
+            for word, encoding in zip(unknown, encodings, strict=True):
+                self._known[word] = encoding.ids if word else []
+        return [self._known[word] for word in words]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of word codes, words parted by single spaces.
+
+        Raises:
+            DamagedFile: an id that this lexicon does not have.
+        """
+        codes = [int(code) for code in ids]
+        if codes and (min(codes) < 0 or max(codes) >= len(self)):
+            raise DamagedFile(
+                "a word code is not in the lexicon",
+                value=max(codes),
+                cause=f"this lexicon has codes 0 to {len(self) - 1}; the row is damaged or of another lexicon",
+                fix="read the bank with the lexicon its manifest names, and run `mbc inspect --verify`",
+            )
+        return str(self._tokenizer.decode(codes)).strip()
+
+
+_REMEMBERED = 200_000  # words whose codes are kept in memory (about 40 MB); text repeats itself
+
+
+def _canonical(merges: Sequence[tuple[str, str]]) -> bytes:
+    fields = {"format": FORMAT, "merges": [f"{left} {right}" for left, right in merges]}
+    return json.dumps(fields, ensure_ascii=False, indent=0).encode("utf-8")
+
+
+def _pair(entry: object) -> tuple[str, str]:
+    left, right = str(entry).split(" ")
+    return left, right
+
+
+def _build(merges: Sequence[tuple[str, str]]) -> Tokenizer:
+    vocabulary = {symbol: code for code, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    for left, right in merges:
+        if left not in vocabulary or right not in vocabulary:
+            raise ValueError(f"merge {left!r} + {right!r} does not follow from the merges before it")
+        vocabulary.setdefault(left + right, len(vocabulary))  # two merges may spell the same entry
+    if len(vocabulary) > VOCABULARY:
+        raise ValueError(f"{len(vocabulary)} entries, but word codes stop at {VOCABULARY - 1} (the rest is reserved)")
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=list(merges)))
+    # No splitting inside a word: "U.S.", "24–10" and "don't" may each become one code.
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer

@@ -1,0 +1,122 @@
+"""Documents → passages: slices of the text, cut at sentence ends, that the encoder can read whole.
+
+Nothing is dropped: the passages of a text, joined, are the text. The number of passages is the least that greedy
+packing of whole sentences reaches, and their lengths are evened out, so that no document ends in a crumb.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Sequence
+
+PASSAGE_RULE = "sentences-256"
+"""Name of this rule in the encoder's id: at most 256 word pieces, [CLS] and [SEP] included."""
+
+MAX_PIECES = 254
+"""Word pieces a passage may have beside [CLS] and [SEP]."""
+
+# Where a sentence may end: after a full stop (and closing quotes) and a space, after CJK stops, after a line break.
+_END = re.compile(r"[.!?…]+[\"'”’»)\]]*\s+|[。！？]+\s*|\n\s*")
+_ABBREVIATION = re.compile(
+    r"(?:^|[\s(\"'“])(?:[A-Z]|Mr|Mrs|Ms|Dr|Prof|St|Gen|Col|Capt|Lt|Sgt|Rev|Sen|Rep|Gov|Hon|Jr|Sr|Inc|Ltd|Co|Corp|Bros"
+    r"|No|Nos|Vol|pp?|vs|etc|approx|ca?|cf|e\.g|i\.e|a\.m|p\.m|[A-Z](?:\.[A-Z])+)\.$"
+)
+_LONGEST_ABBREVIATION = 12
+_SPACED = re.compile(r"\s*\S+\s*")
+
+
+def split_passages(text: str, count_pieces: Callable[[str], int], max_pieces: int = MAX_PIECES) -> list[str]:
+    """Cut ``text`` into passages of at most ``max_pieces`` word pieces.
+
+    Cuts fall at sentence ends; a sentence that is too long by itself is cut at spaces, and a word that is too long by
+    itself between characters.
+
+    Args:
+        text: any text.
+        count_pieces: word pieces of a string, special tokens not counted.
+        max_pieces: most pieces a passage, ≥ 1.
+
+    Returns:
+        Slices with ``"".join(passages) == text``; none for a blank text.
+
+    >>> split_passages("One two. Three four five. Six.", lambda part: len(part.split()), max_pieces=4)
+    ['One two. ', 'Three four five. Six.']
+    """
+    if not text.strip():
+        return []
+    if count_pieces(text) <= max_pieces:
+        return [text]
+    units: list[str] = []
+    for sentence in _sentences(text):
+        units += _fit(sentence, count_pieces, max_pieces)
+    sizes = [count_pieces(unit) for unit in units]
+    ends = _pack(sizes, _even_limit(sizes, max_pieces))
+    passages = ["".join(units[start:end]) for start, end in itertools.pairwise([0, *ends])]
+    return [part for passage in passages for part in _fit(passage, count_pieces, max_pieces)]
+
+
+def _sentences(text: str) -> list[str]:
+    """Slices that end where a sentence ends; joined they are the text."""
+    cuts = [0]
+    for end in _END.finditer(text):
+        if end.end() < len(text) and not _goes_on(text, end):
+            cuts.append(end.end())
+    cuts.append(len(text))
+    return [text[start:end] for start, end in itertools.pairwise(cuts)]
+
+
+def _goes_on(text: str, end: re.Match[str]) -> bool:
+    """A full stop of an abbreviation or initial, or one that a lower-case letter follows, ends no sentence."""
+    if "\n" in end[0]:
+        return False
+    stop = end.start() + 1
+    abbreviated = _ABBREVIATION.search(text[max(0, stop - _LONGEST_ABBREVIATION) : stop]) is not None
+    return text[end.end()].islower() or abbreviated
+
+
+def _fit(part: str, count_pieces: Callable[[str], int], max_pieces: int) -> list[str]:
+    """``part`` itself, or the fewest slices of it that fit."""
+    if count_pieces(part) <= max_pieces:
+        return [part]
+    words = _SPACED.findall(part)
+    if len(words) <= 1:
+        return _halve(part, count_pieces, max_pieces)
+    units = [piece for word in words for piece in _fit(word, count_pieces, max_pieces)]
+    sizes = [count_pieces(unit) for unit in units]
+    ends = _pack(sizes, max_pieces)
+    parts = ["".join(units[start:end]) for start, end in itertools.pairwise([0, *ends])]
+    # Pieces of a whole may outnumber the sum of its parts' with some tokenizers: then cut once more.
+    return [half for slice_ in parts for half in _halve(slice_, count_pieces, max_pieces)]
+
+
+def _halve(part: str, count_pieces: Callable[[str], int], max_pieces: int) -> list[str]:
+    if len(part) <= 1 or count_pieces(part) <= max_pieces:
+        return [part]
+    middle = len(part) // 2
+    return _halve(part[:middle], count_pieces, max_pieces) + _halve(part[middle:], count_pieces, max_pieces)
+
+
+def _pack(sizes: Sequence[int], limit: int) -> list[int]:
+    """Ends of greedy runs of ``sizes`` whose sums stay within ``limit`` (each size alone fits)."""
+    ends: list[int] = []
+    total = 0
+    for place, size in enumerate(sizes):
+        if place and total + size > limit:
+            ends.append(place)
+            total = 0
+        total += size
+    return [*ends, len(sizes)]
+
+
+def _even_limit(sizes: Sequence[int], most: int) -> int:
+    """The least limit with which greedy packing needs no more runs than with ``most``."""
+    runs = len(_pack(sizes, most))
+    low, high = max(sizes), most
+    while low < high:
+        middle = (low + high) // 2
+        if len(_pack(sizes, middle)) <= runs:
+            high = middle
+        else:
+            low = middle + 1
+    return low
