@@ -60,7 +60,7 @@ def check_array(name: str, array: object, shape: tuple[int | None, ...], dtype: 
     )
     if not fits or (dtype is not None and array.dtype != np.dtype(dtype)):
         raise UsageError(
-            f"{name} has the wrong shape or dtype",
+            f"wrong shape or dtype of {name}",
             value=f"{list(array.shape)} {array.dtype}",
             cause=f"{wanted} is expected",
             fix="check which model, T and codebook it was made with, and convert it explicitly",
@@ -276,7 +276,7 @@ def pack(codes: NDArray[np.uint16], bits: int = CODE_BITS) -> NDArray[np.uint8]:
         )
     as_bytes = np.ascontiguousarray(codes, dtype="<u2").view(np.uint8).reshape(*codes.shape, 2)
     flags = np.unpackbits(as_bytes, axis=2, bitorder="little")[:, :, :bits]
-    return np.packbits(flags.reshape(len(codes), -1), axis=1, bitorder="little")
+    return np.packbits(flags.reshape(len(codes), codes.shape[1] * bits), axis=1, bitorder="little")
 
 
 def unpack(packed: NDArray[np.uint8], slots: int, bits: int = CODE_BITS) -> NDArray[np.uint16]:
@@ -305,4 +305,4 @@ def decode(codes: NDArray[np.uint16], codewords: Float32) -> Float32:
             cause=f"the codebook has {len(codewords)} codewords: the codes belong to another one",
             fix="read each row with the codebook version it names",
         )
-    return np.asarray(codewords[codes].reshape(len(codes), -1), dtype=np.float32)
+    return np.asarray(codewords[codes].reshape(len(codes), codes.shape[1] * codewords.shape[1]), dtype=np.float32)

@@ -66,18 +66,25 @@ class Codebook:
         check_array("the codebook's counts", self.count, (size,), np.float64)
         check_array("the codebook's sums", self.sum, (size, width), np.float64)
         check_array("the codebook's reset versions", self.reset_at, (size,), np.int32)
-        finite = np.isfinite(self.codewords).all() and np.isfinite(self.count).all() and np.isfinite(self.sum).all()
-        if not finite or (self.count <= 0).any():
+        numbers = np.column_stack([self.codewords, self.count, self.sum])
+        impossible = np.flatnonzero(~np.isfinite(numbers).all(axis=1) | (self.count <= 0))
+        if len(impossible):
             raise DamagedFile(
                 f"codebook version {self.version} holds an impossible number",
-                value=int(np.flatnonzero((self.count <= 0) | ~np.isfinite(self.count)).min(initial=0)),
+                value=f"code {impossible[0]}, count {self.count[impossible[0]]}",
                 cause="a count is not positive, or a number is not finite",
                 fix="restore the codebook file from a copy",
             )
 
     @classmethod
     def first(cls, codewords: Float32, count: Float64) -> Codebook:
-        """Version 0 from trained codewords [K, d_c] and the mass [K] behind each."""
+        """Version 0 from trained codewords [K, d_c] and the mass [K] behind each.
+
+        Raises:
+            UsageError: shapes or dtypes that do not fit.
+        """
+        check_array("the codewords", codewords, (None, None), np.float32)
+        check_array("the codebook's counts", count, (len(codewords),), np.float64)
         return cls(
             version=0,
             parent=None,

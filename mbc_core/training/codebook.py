@@ -89,10 +89,9 @@ def train_codebook(
     """
     unit = _unit_rows(embeddings)
     where = torch.device(resolve_device(device))
-    out_dir.mkdir(parents=True, exist_ok=True)
     rotation = Rotation.random(unit.shape[1], seed)
-    rotation.save(out_dir / "rotation.safetensors")
-    cards = []
+    cards: list[dict[str, Any]] = []
+    files = {"rotation.safetensors": rotation.to_bytes()}
     for count in slots:
         started = time.monotonic()
         vectors = to_slots(unit, rotation, count)
@@ -105,10 +104,13 @@ def train_codebook(
         if held_out is not None and len(held_out.rows):
             card["held_out_recall"] = address_recall(unit, held_out, rotation, book, count, where)
         card["seconds"] = round(time.monotonic() - started, 1)
-        (out_dir / f"codebook_t{count}.safetensors").write_bytes(book.to_bytes())
-        (out_dir / f"codebook_t{count}.json").write_text(json.dumps(card, indent=2, sort_keys=True) + "\n")
+        files[f"codebook_t{count}.safetensors"] = book.to_bytes()
+        files[f"codebook_t{count}.json"] = (json.dumps(card, indent=2, sort_keys=True) + "\n").encode()
         progress(f"T={count}: error {card['error']:.4f}, perplexity {card['perplexity']:.0f} of {codewords}")
         cards.append(card)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    for name, data in files.items():  # all at the end: an interrupted run leaves no rotation beside older codebooks
+        (out_dir / name).write_bytes(data)
     return cards
 
 
