@@ -32,8 +32,8 @@ Example: mbc ingest documents.jsonl notes/ --bank my-bank
 def ingest(
     sources: tuple[str, ...],
     bank: str,
-    profile: str,
-    window_seconds: int,
+    profile: str | None,
+    window_seconds: int | None,
     ingest_id: str | None,
     keep_text: bool,
     device: str,

@@ -93,18 +93,19 @@ def profile_option(command: Command) -> Command:
     return click.option(
         "--profile",
         type=click.Choice(list(PROFILES)),
-        default="default",
-        show_default=True,
         help="Codes a passage: "
         + "; ".join(f"{name} {profile.slots} + {profile.words} words" for name, profile in PROFILES.items())
-        + ".",
+        + ". The bank's own, or `default` for a new bank.",
     )(command)
 
 
 def window_option(command: Command) -> Command:
     """``--window``."""
     return click.option(
-        "--window", "window_seconds", type=Duration(), default="1d", show_default=True, help="Length of a time window."
+        "--window",
+        "window_seconds",
+        type=Duration(),
+        help="Length of a time window, such as 1d or 6h. The bank's own, or a day for a new bank.",
     )(command)
 
 
