@@ -136,8 +136,7 @@ class AdapterRegistry:
             data = self._storage.read_bytes(path) if self._storage.exists(path) else b""
             if hashlib.sha256(data).hexdigest() != recorded.get(name):
                 raise DamagedFile(
-                    f"a file of adapter {version} does not match its digest",
-                    value=self._storage.locate(path),
+                    f"the adapter's file {self._storage.locate(path)} does not match its digest",
                     cause="it is missing, was cut short or was edited",
                     fix="restore it from a copy, or roll back: mbc adapters rollback",
                 )
@@ -225,8 +224,7 @@ class AdapterRegistry:
         text = self._storage.read_bytes(path)
         if _card_digest(text) != version.split("-")[1]:
             raise DamagedFile(
-                f"the card of adapter {version} does not match its digest",
-                value=self._storage.locate(path),
+                f"the adapter's card {self._storage.locate(path)} does not match its digest",
                 cause="it was cut short or edited",
                 fix="restore it from a copy, or roll back: mbc adapters rollback",
             )

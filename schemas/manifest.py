@@ -80,8 +80,7 @@ class Manifest:
             version = found["format_version"]
         except (ValueError, TypeError, KeyError) as error:
             raise DamagedFile(
-                "the bank's manifest cannot be read",
-                value=where,
+                f"the bank's manifest {where} cannot be read",
                 cause=f"not a manifest's JSON ({error})",
                 fix="restore manifest.json from a copy; without it the codes have no meaning",
             ) from error

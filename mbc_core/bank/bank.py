@@ -160,8 +160,7 @@ class Bank:
             if self.storage.exists(full):
                 raise
             raise DamagedFile(
-                "a file of the bank is missing",
-                value=self.storage.locate(full),
+                f"the bank's file {self.storage.locate(full)} is missing",
                 cause=f"the log of `{table}` names it, but it was removed",
                 fix="restore the file from a copy of the bank; `mbc inspect --verify` lists every missing file",
             ) from error
@@ -275,8 +274,7 @@ def _read_manifest(storage: Storage) -> Manifest:
         text = storage.read_bytes(MANIFEST).decode("utf-8")
     except UnicodeDecodeError as error:
         raise DamagedFile(
-            "the bank's manifest cannot be read",
-            value=where,
+            f"the bank's manifest {where} cannot be read",
             cause="it is not UTF-8",
             fix="restore manifest.json from a copy; without it the codes have no meaning",
         ) from error
@@ -294,7 +292,7 @@ def _create_table(storage: Storage, name: str, description: str) -> None:
         DeltaTable.create(where, TABLES[name], mode="error", description=description or None, storage_options=options)
     except (DeltaError, OSError) as error:
         if not _is_table(where, options):
-            raise as_storage_error(error, f"create the table `{name}`", where) from error
+            raise as_storage_error(error, "create the table", where) from error
 
 
 def _is_table(where: str, options: dict[str, str] | None) -> bool:
@@ -310,19 +308,17 @@ def _load_table(storage: Storage, name: str) -> DeltaTable:
         return DeltaTable(where, storage_options=storage.delta_options() or None)
     except TableNotFoundError as error:
         raise DamagedFile(
-            f"the table `{name}` is not there",
-            value=where,
+            f"the bank's table {where} is not there",
             cause="its folder or its _delta_log was removed",
             fix="restore it from a copy of the bank",
         ) from error
     except OSError as error:
-        raise as_storage_error(error, f"read the log of the table `{name}`", where) from error
+        raise as_storage_error(error, "read the log of the table", where) from error
     except DeltaError as error:
         if is_refusal(error):
-            raise as_storage_error(error, f"read the log of the table `{name}`", where) from error
+            raise as_storage_error(error, "read the log of the table", where) from error
         raise DamagedFile(
-            f"the log of the table `{name}` cannot be read",
-            value=where,
+            f"the log of the bank's table {where} cannot be read",
             cause=plain_cause(error),
             fix="restore the files of its _delta_log from a copy of the bank",
         ) from error

@@ -125,8 +125,7 @@ def load_codebook(bank: Bank, row: dict[str, Any]) -> Codebook:
     where = bank.storage.locate(row["file"])
     if not bank.storage.exists(row["file"]):
         raise DamagedFile(
-            f"the file of codebook version {row['version']} is missing",
-            value=where,
+            f"the file {where} of codebook version {row['version']} is missing",
             cause="it was removed; the codes of this version cannot be read without it",
             fix="restore the file from a copy of the bank",
         )

@@ -190,7 +190,7 @@ def commit_files(
             # Another writer was faster. If it was this very commit, the next look finds it; else try again.
             time.sleep(0.05 * 2**attempt)
         except (DeltaError, OSError) as error:
-            raise as_storage_error(error, f"commit to the table `{table}`", bank.storage.locate(table)) from error
+            raise as_storage_error(error, "commit to the table", bank.storage.locate(table)) from error
         else:
             return True
     raise StorageError(
@@ -220,9 +220,9 @@ def commit_slice(
     Returns:
         True when this call made the slice visible; False when it was visible before.
     """
-    begun = (
-        slice_id or _continued(bank, rows, ingest_id, slice_name, pane) or SliceId.begin(ingest_id, slice_name, pane)
-    )
+    _check_ledger(rows.ledger, ingest_id, slice_name, pane)
+    begun = slice_id or _continued(bank, rows, ingest_id, slice_name, pane)
+    begun = begun or begin_slice(bank, ingest_id, slice_name, pane)
     if is_committed(bank, "codes", begun.app_id("codes"), pane):
         settle(bank, ingest_id)
         return False
@@ -237,6 +237,14 @@ def commit_slice(
     else:
         settle(bank, ingest_id)
     return won
+
+
+def begin_slice(bank: Bank, ingest_id: str, name: str, pane: int = 0) -> SliceId:
+    """A slice added now, or just after the newest one when this machine's clock is behind: the newest revision of a
+    document is the one added last, whatever the clocks say."""
+    begun = SliceId.begin(ingest_id, name, pane)
+    moments = [int(found["added_at"]) for path, _ in bank.files("codes") if (found := _FILE.fullmatch(path))]
+    return SliceId(ingest_id, name, pane, max(begun.added_at, 1 + max(moments, default=0)))
 
 
 def settle(bank: Bank, ingest_id: str) -> int:
@@ -277,6 +285,18 @@ def safe_name(name: str) -> str:
 def ingest_of(path: str) -> str:
     """The ingest that wrote a file, from its path below the table's folder; empty for files of other origin."""
     return path.split("/", 1)[0] if "/" in path else ""
+
+
+def _check_ledger(ledger: pa.Table, ingest_id: str, name: str, pane: int) -> None:
+    columns = (ledger[column].to_pylist() for column in ("ingest_id", "slice", "pane"))
+    found = set(zip(*columns, strict=True))
+    if found != {(ingest_id, name, pane)}:
+        raise UsageError(
+            "the ledger rows do not belong to the slice",
+            value=sorted(found),
+            cause=f"the slice is {(ingest_id, name, pane)}",
+            fix="give one ledger row a window, at least one in all, with the slice's own names",
+        )
 
 
 def _settle_file(bank: Bank, path: str) -> int:
@@ -327,8 +347,7 @@ def _check_present(bank: Bank, table: str, files: Sequence[PreparedFile]) -> Non
         size = bank.storage.size(f"{table}/{one.path}")
         if size != one.size:
             raise DamagedFile(
-                "a prepared file is not as it was written",
-                value=bank.storage.locate(f"{table}/{one.path}"),
+                f"the prepared file {bank.storage.locate(f'{table}/{one.path}')} is not as it was written",
                 cause="it is missing" if size is None else f"it has {size} bytes, written were {one.size}",
                 fix="run the same command again: it writes the file anew and goes on from here",
             )

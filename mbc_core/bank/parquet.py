@@ -42,6 +42,14 @@ def conform(table: str, rows: pa.Table) -> pa.Table:
             cause="they were not made from schemas.tables",
             fix=f"give exactly the columns {', '.join(schema.names)}",
         )
+    for one in schema:
+        if not one.nullable and rows[one.name].null_count:
+            raise UsageError(
+                f"the column `{one.name}` of the table `{table}` holds nulls",
+                value=rows[one.name].null_count,
+                cause="a required value was left out",
+                fix="give every row a value",
+            )
     try:
         rows = rows.select(schema.names).cast(schema)
     except (pa.ArrowInvalid, ValueError, pa.ArrowNotImplementedError) as error:
@@ -51,14 +59,6 @@ def conform(table: str, rows: pa.Table) -> pa.Table:
             cause=str(error),
             fix="build them with the schema in schemas.tables",
         ) from error
-    for one in schema:
-        if not one.nullable and rows[one.name].null_count:
-            raise UsageError(
-                f"the column `{one.name}` of the table `{table}` holds nulls",
-                value=rows[one.name].null_count,
-                cause="a required value was left out",
-                fix="give every row a value",
-            )
     if table == "documents":
         rows = _without_repeated_titles(rows)
     order = [(name, "ascending") for name in SORT_ORDER[table]]
@@ -103,8 +103,7 @@ def from_bytes(data: bytes, where: str, columns: list[str] | None = None, *, sch
         return found.select(wanted.names).cast(wanted)
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         raise DamagedFile(
-            "a file of the bank is not the Parquet it should be",
-            value=where,
+            f"the bank's file {where} is not the Parquet it should be",
             cause=" ".join(str(error).split())[:200],
             fix="restore the file from a copy of the bank, or ingest its documents again into a new bank",
         ) from error
@@ -124,8 +123,7 @@ def check_digest(data: bytes, expected: str, where: str) -> None:
     found = hashlib.sha256(data).hexdigest()[: len(expected)]
     if found != expected:
         raise DamagedFile(
-            "a file of the bank does not match its digest",
-            value=where,
+            f"the bank's file {where} does not match its digest",
             cause=f"it was damaged or edited: {len(data)} bytes hash to {found[:12]}…, recorded is {expected[:12]}…",
             fix="restore the file from a copy of the bank; `mbc inspect --verify` lists every damaged file",
         )

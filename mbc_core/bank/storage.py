@@ -135,8 +135,7 @@ class Storage:
             written = self._write_local(path, data) if self.is_local else self._write_object(path, data)
         if not written and self.read_bytes(path) != data:
             raise StorageError(
-                "a file of the bank would be overwritten with other contents",
-                value=self.locate(path),
+                f"the bank's file {self.locate(path)} would be overwritten with other contents",
                 cause="two runs made the same thing differently, or the file was changed by hand",
                 fix="compare the two runs; move the file away only if nothing refers to it",
             )
@@ -193,7 +192,7 @@ def as_storage_error(error: Exception, doing: str, where: str) -> StorageError:
         plain_cause(error),
         "check the path, the network and the credentials, then run again",
     )
-    return StorageError(f"the bank's storage refused to {doing}", value=where, cause=cause, fix=fix)
+    return StorageError(f"the bank's storage refused to {doing} {where}", cause=cause, fix=fix)
 
 
 def is_refusal(error: Exception) -> bool:
