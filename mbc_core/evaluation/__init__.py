@@ -1,0 +1,1 @@
+"""Metrics, cloze questions and the reads that are compared with them."""

@@ -1,0 +1,1 @@
+"""The language model, its KV-LoRA, the prompt and generation."""

@@ -1,0 +1,105 @@
+"""Greedy answers, in batches sorted by length; a question answered alone or in company gets the same answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from mbc_core.reader.language_model import LanguageModel
+from mbc_core.reader.prompt import PromptFormat
+
+NEW_TOKENS = 14
+
+
+def answer_prompts(
+    language_model: LanguageModel,
+    form: PromptFormat,
+    prompts: Sequence[Sequence[int]],
+    *,
+    new_tokens: int = NEW_TOKENS,
+    batch_tokens: int = 16_384,
+    progress: Callable[[int], None] | None = None,
+) -> list[str]:
+    """Greedy continuations of the prompts, cut at end of text or line break.
+
+    Args:
+        prompts: token ids of each prompt.
+        new_tokens: most tokens an answer may have.
+        batch_tokens: most tokens of a batch, padding included.
+        progress: told how many more prompts are done.
+
+    Returns:
+        one answer a prompt, in the given order.
+    """
+    order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
+    answers = [""] * len(prompts)
+    start = 0
+    while start < len(order):
+        stop = start + 1
+        while stop < len(order) and (stop + 1 - start) * len(prompts[order[stop]]) <= batch_tokens:
+            stop += 1
+        places = order[start:stop]
+        made = greedy(language_model, [prompts[place] for place in places], form.stop_ids, new_tokens)
+        for place, ids in zip(places, made, strict=True):
+            answers[place] = form.text(ids)
+        if progress is not None:
+            progress(len(places))
+        start = stop
+    return answers
+
+
+@torch.inference_mode()
+def greedy(
+    language_model: LanguageModel, prompts: Sequence[Sequence[int]], stop_ids: Sequence[int], new_tokens: int
+) -> list[list[int]]:
+    """The likeliest next token, up to ``new_tokens`` times, for one left-padded batch.
+
+    Returns:
+        the new ids of each prompt, its stop id included when it came.
+    """
+    ids, mask = _left_padded(prompts, language_model.pad_id, language_model.device)
+    stops = torch.tensor(list(stop_ids), device=ids.device)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    done = torch.zeros(len(prompts), dtype=torch.bool, device=ids.device)
+    cache = None
+    steps: list[Tensor] = []
+    for _ in range(new_tokens):
+        out = language_model.model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        cache = out.past_key_values
+        following = out.logits[:, -1].argmax(-1)
+        following = torch.where(done, stops[0], following)
+        steps.append(following)
+        done = done | torch.isin(following, stops)
+        if bool(done.all()):
+            break
+        ids = following[:, None]
+        mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], dim=1)
+        positions = positions[:, -1:] + 1
+    return [_until_stop(row, stop_ids) for row in torch.stack(steps, 1).tolist()]
+
+
+def _left_padded(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ids and mask, both int64 [batch, longest]."""
+    longest = max(len(prompt) for prompt in prompts)
+    ids = torch.full((len(prompts), longest), pad_id)
+    mask = torch.zeros((len(prompts), longest), dtype=torch.int64)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = torch.tensor(list(prompt))
+        mask[row, longest - len(prompt) :] = 1
+    return ids.to(device), mask.to(device)
+
+
+def _until_stop(ids: list[int], stop_ids: Sequence[int]) -> list[int]:
+    for place, one in enumerate(ids):
+        if one in stop_ids:
+            return ids[: place + 1]
+    return ids

@@ -1,0 +1,105 @@
+"""The prompt: one line of words per recalled passage, best first, then the question.
+
+A prompt is composed from token ids of whole pieces (a line, the question), in training and in answering alike, so
+both see the same ids whatever the tokenizer does at seams. When room is short, passages go, least score first; the
+question is never cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mbc_core.errors import UsageError
+from mbc_core.reader.language_model import HfTokenizer
+
+MAX_PROMPT_TOKENS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """Token ids ready for the model, and how many of the given lines (the first ones) they hold."""
+
+    ids: list[int]
+    lines: int
+
+
+class PromptFormat:
+    """How one tokenizer spells memory lines, questions and answers.
+
+    Attributes:
+        start: ids every sequence begins with (none for most models, BOS for some).
+        newline: ids that end a memory line.
+        stop_ids: ids that end an answer: end of text and newline.
+    """
+
+    def __init__(self, tokenizer: HfTokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.start: list[int] = list(tokenizer("", add_special_tokens=True)["input_ids"])
+        self.newline = self._encode("\n")
+        eos = tokenizer.eos_token_id
+        self.end = [int(eos)] if eos is not None else self.newline[-1:]
+        self.stop_ids = sorted({*self.end, self.newline[-1]})
+
+    def line(self, words: str) -> list[int]:
+        """A memory line: a space, the words, a newline. Nothing for a passage without words."""
+        return [*self._encode(" " + words), *self.newline] if words.strip() else []
+
+    def question(self, question: str) -> list[int]:
+        """``Question: …`` on one line, then ``Answer:``."""
+        return self._encode(f"Question: {' '.join(question.split())}\nAnswer:")
+
+    def answer(self, answer: str) -> list[int]:
+        """The target of training: a space, the answer, end of text."""
+        return [*self._encode(" " + " ".join(answer.split())), *self.end]
+
+    def build(self, memory: Sequence[str], question: str, max_tokens: int = MAX_PROMPT_TOKENS) -> Prompt:
+        """Compose a prompt of at most ``max_tokens`` tokens.
+
+        Args:
+            memory: words of the recalled passages, best first; may be empty.
+
+        Raises:
+            UsageError: the question alone is longer than ``max_tokens``.
+        """
+        asked = self.question(question)
+        room = max_tokens - len(self.start) - len(asked)
+        if room < 0:
+            raise UsageError(
+                "the question is too long",
+                value=f"{len(asked)} tokens",
+                cause=f"the prompt may have {max_tokens} tokens, and a question is never cut",
+                fix="ask a shorter question or allow more tokens",
+            )
+        ids = list(self.start)
+        used = 0
+        for words in memory:
+            line = self.line(words)
+            if len(line) > room:
+                break
+            ids += line
+            room -= len(line)
+            used += 1
+        return Prompt(ids + asked, used)
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Generated ids → the answer: up to the first stop id or line break, without outer spaces."""
+        kept: list[int] = []
+        for one in ids:
+            if one in self.stop_ids:
+                break
+            kept.append(int(one))
+        lines = str(self.tokenizer.decode(kept, skip_special_tokens=True)).strip().splitlines()
+        return lines[0].strip() if lines else ""
+
+    def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of many pieces at once, without special tokens (fast tokenizers use every core)."""
+        if not texts:
+            return []
+        encoded: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False)[
+            "input_ids"
+        ]
+        return encoded
+
+    def _encode(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])

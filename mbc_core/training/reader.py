@@ -1,0 +1,313 @@
+"""Trains KV-LoRA v0: the adapter that lets a frozen language model read telegraphic memory lines."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mbc_core.codebook.files import Codebook
+from mbc_core.codes import Rotation
+from mbc_core.evaluation.addresses import AddressIndex
+from mbc_core.evaluation.reads import DEFAULT_READS, Read, ReadSet, evaluate_reads
+from mbc_core.lexicon import Lexicon
+from mbc_core.reader.kv_lora import KVLoraConfig, add_kv_lora, save_adapter
+from mbc_core.reader.language_model import LanguageModel
+from mbc_core.reader.prompt import PromptFormat
+from mbc_core.training.loop import (
+    Clock,
+    MicroBatch,
+    Schedule,
+    Trainer,
+    load_checkpoint,
+    micro_batches,
+    prefetched,
+    save_checkpoint,
+    steps_of,
+)
+from mbc_core.training.prepared import Prepared, load_prepared
+from mbc_core.training.samples import Mixture, SampleSource, build_source, distractors
+
+_POOL_STEPS = 16
+_SEARCHED = 25
+_MAX_EVALUATED_TOKENS = 2048  # five whole passages fit
+_QUICK_READS = (Read("closed", 0, None), Read("recall", 5, 24))
+
+
+@dataclass(frozen=True, slots=True)
+class ReaderRun:
+    """Size and speed of a run.
+
+    Attributes:
+        steps, minutes: the whole run ends at whichever comes first; minutes are of training alone.
+        call_minutes: stop after so many minutes of training in this call and leave a checkpoint to resume from.
+        batch: samples a step.
+        batch_tokens: padded tokens of one forward pass; bounds memory.
+        evaluate_every: share of the run between two looks at the held-out questions.
+        evaluate_questions: questions of a look (all the final figures use).
+    """
+
+    steps: int | None = None
+    minutes: float | None = 5.0
+    call_minutes: float | None = None
+    batch: int = 256
+    batch_tokens: int = 32_768
+    lr: float = 7e-4
+    seed: int = 0
+    compile_layers: bool = True
+    evaluate_every: float = 0.34
+    evaluate_questions: int = 400
+    kv_lora: KVLoraConfig = field(default_factory=KVLoraConfig)
+    mixture: Mixture = field(default_factory=Mixture)
+
+
+def train_reader(
+    prepared_dir: Path,
+    lexicon: Lexicon,
+    codebook: Codebook,
+    rotation: Rotation,
+    language_model: LanguageModel,
+    out_dir: Path,
+    run: ReaderRun,
+    *,
+    targets: Sequence[str] | None = None,
+    evaluate: Mapping[str, Path] | None = None,
+    resume: bool = True,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, object]:
+    """Train, evaluate and write the adapter with its card.
+
+    Args:
+        prepared_dir: what ``mbc train prepare`` wrote; its ``dev`` passages are held out.
+        codebook: address codes for distractors and held-out recall.
+        language_model: the base, without adapter; it is adapted in place.
+        out_dir: gets ``adapter_model.safetensors``, ``adapter_config.json``, ``card.json``, ``curve.jsonl`` and,
+            while the run lasts, ``checkpoint/``.
+        targets: last names of the key and value projections, when they cannot be guessed.
+        evaluate: name → prepared folder of further question sets, read at the end.
+        resume: take up the checkpoint in ``out_dir`` when there is one.
+
+    Returns:
+        the card; ``finished`` is False when ``call_minutes`` ended this call early.
+
+    Raises:
+        DamagedFile: the prepared data or the checkpoint cannot be read.
+        ModelError: the projections cannot be found.
+    """
+    out_dir.mkdir(parents=True, exist_ok=True)
+    data = load_prepared(prepared_dir)
+    say(f"loaded {len(data):,} passages, {len(data.questions):,} questions")
+    form = PromptFormat(language_model.tokenizer)
+    device = language_model.device
+    source = _source(data.split("train"), lexicon, form, codebook, rotation, run, device, say)
+    slots = rotation.width // codebook.width
+    held_out = _read_set(data.split("dev"))
+    search = AddressIndex(data.split("dev").embeddings, rotation, codebook.codewords, slots, device)
+
+    adapted = add_kv_lora(language_model.model, run.kv_lora, names=targets, seed=run.seed)
+    adapted_lm = LanguageModel(adapted, language_model.tokenizer, language_model.digest, language_model.name)
+    schedule = Schedule(run.steps, run.minutes * 60 if run.minutes else None, run.lr)
+    trainer = Trainer(adapted_lm, schedule, seed=run.seed, compile_layers=run.compile_layers and device.type == "cuda")
+    if resume and load_checkpoint(out_dir / "checkpoint", trainer):
+        say(f"resumed at step {trainer.progress.step:,} after {trainer.progress.seconds:.0f} s of training")
+    evaluator = _Evaluator(adapted_lm, lexicon, run, say)
+    finished = _train(trainer, source, adapted_lm, run, out_dir, say, lambda: evaluator.quick(held_out, search))
+
+    trainer.finish()
+    save_adapter(adapted, out_dir, run.kv_lora, base_digest=language_model.digest, base_name=language_model.name)
+    tables = {"held_out": evaluator.full(held_out, search)} if finished else {}
+    for name, folder in (evaluate or {}).items() if finished else ():
+        other = load_prepared(folder)
+        index = AddressIndex(other.embeddings, rotation, codebook.codewords, slots, device)
+        say(f"--- {name}: {len(other):,} passages")
+        tables[name] = evaluator.full(_read_set(other), index)
+    card = _card(trainer, run, data, adapted_lm, codebook, lexicon, finished, tables)
+    (out_dir / "card.json").write_text(json.dumps(card, indent=2) + "\n")
+    return card
+
+
+def _source(
+    train: Prepared,
+    lexicon: Lexicon,
+    form: PromptFormat,
+    codebook: Codebook,
+    rotation: Rotation,
+    run: ReaderRun,
+    device: torch.device,
+    say: Callable[[str], None],
+) -> SampleSource:
+    index = AddressIndex(train.embeddings, rotation, codebook.codewords, rotation.width // codebook.width, device)
+    others, ranks = distractors(train.rows, index.nearest(train.question_embeddings, _SEARCHED))
+    passage_others, _ = distractors(np.arange(len(train)), index.nearest(train.embeddings, _SEARCHED))
+    say("found the neighbours by code")
+    return build_source(
+        train, lexicon, form, others, ranks, passage_others, mixture=run.mixture, seed=run.seed, say=say
+    )
+
+
+def _train(
+    trainer: Trainer,
+    source: SampleSource,
+    language_model: LanguageModel,
+    run: ReaderRun,
+    out_dir: Path,
+    say: Callable[[str], None],
+    look: Callable[[], dict[str, float]],
+) -> bool:
+    """Steps until the schedule is done (True) or this call's time is up (False)."""
+    pad = language_model.pad_id
+
+    def make(number: int) -> list[list[MicroBatch]]:
+        composed = source.pool(run.seed, number, run.batch * _POOL_STEPS)
+        return steps_of(micro_batches(composed, pad, run.batch_tokens, run.batch, (run.seed, number, 1)), run.batch)
+
+    clock, call_start = Clock(trainer), trainer.progress.seconds
+    next_look, logged = run.evaluate_every, (trainer.progress.samples, trainer.progress.seconds)
+    while next_look < trainer.schedule.progress(trainer.progress.step, trainer.progress.seconds):
+        next_look += run.evaluate_every
+    for number, steps in prefetched(make, trainer.progress.pool):
+        losses = _pool(trainer, steps, clock, say)
+        here = trainer.progress
+        here.pool, here.loss = number + 1, float(np.mean(losses)) if losses else here.loss
+        share = trainer.schedule.progress(here.step, here.seconds)
+        line: dict[str, object] = {
+            "step": here.step,
+            "samples": here.samples,
+            "seconds": round(here.seconds, 2),
+            "loss": round(here.loss, 4),
+            "lr": trainer.schedule.rate(share),
+            "samples_per_second": round((here.samples - logged[0]) / max(1e-9, here.seconds - logged[1]), 1),
+        }
+        logged = (here.samples, here.seconds)
+        over = run.call_minutes is not None and here.seconds - call_start >= 60 * run.call_minutes
+        if share >= 1 or over or share >= next_look:
+            save_checkpoint(out_dir / "checkpoint", trainer)
+        if share < 1 and not over and share >= next_look:
+            next_look += run.evaluate_every
+            line |= look()
+            clock.restart()
+        _log(out_dir, line, say, quiet=number % 4 != 0 and "recall_f1" not in line and share < 1)
+        if share >= 1 or over:
+            return share >= 1
+    return True
+
+
+def _pool(
+    trainer: Trainer, steps: Sequence[Sequence[MicroBatch]], clock: Clock, say: Callable[[str], None]
+) -> list[float]:
+    """The steps of one pool, or fewer when the schedule ends within it; the losses that were read back."""
+    losses = []
+    for batches in steps:
+        losses.append(_safe_step(trainer, batches, say))
+        clock.tick()
+        if trainer.schedule.progress(trainer.progress.step, trainer.progress.seconds) >= 1:
+            break
+    return [loss for loss in losses if loss == loss]  # nan: left on the device
+
+
+def _safe_step(trainer: Trainer, batches: Sequence[MicroBatch], say: Callable[[str], None]) -> float:
+    """One step; when the compiler fails on this machine, go on without it and say so."""
+    try:
+        return trainer.step(batches)
+    except Exception as error:
+        if not trainer.compiled or isinstance(error, torch.OutOfMemoryError):
+            raise
+        say(f"compiling failed ({type(error).__name__}: {str(error)[:200]}); going on uncompiled")
+        trainer.compiled = False
+        torch.compiler.set_stance("force_eager")
+        for weight in trainer.weights.values():
+            weight.grad = None
+        return trainer.step(batches)
+
+
+@dataclass(slots=True)
+class _Evaluator:
+    """Reads held-out questions with the model as it is now."""
+
+    language_model: LanguageModel
+    lexicon: Lexicon
+    run: ReaderRun
+    say: Callable[[str], None]
+
+    def quick(self, questions: ReadSet, search: AddressIndex) -> dict[str, float]:
+        """Held-out EM and F1 of recall and closed book, for the curve."""
+        rows = self._rows(questions.sample(self.run.evaluate_questions, self.run.seed), search, _QUICK_READS)
+        return {f"{row['read']}_{name}": float(str(row[name])) for row in rows for name in ("em", "f1")}
+
+    def full(self, questions: ReadSet, search: AddressIndex) -> list[dict[str, object]]:
+        """The whole table."""
+        return self._rows(questions.sample(self.run.evaluate_questions, self.run.seed), search, DEFAULT_READS)
+
+    def _rows(self, questions: ReadSet, search: AddressIndex, reads: Sequence[Read]) -> list[dict[str, object]]:
+        if not len(questions.questions):
+            return []
+        self.language_model.model.eval()
+        budget = 131_072 if self.language_model.device.type == "cuda" else 8_192
+        with torch.compiler.set_stance("force_eager"):
+            rows = evaluate_reads(
+                self.language_model,
+                questions,
+                reads,
+                search=search,
+                lexicon=self.lexicon,
+                max_tokens=_MAX_EVALUATED_TOKENS,
+                batch_tokens=budget,
+                seed=self.run.seed,
+                progress=self.say,
+            )
+        return [row.to_json() for row in rows]
+
+
+def _read_set(data: Prepared) -> ReadSet:
+    words = data.table["words"].to_pylist()
+    scores = [np.array(one, dtype=np.float32) for one in data.table["scores"].to_pylist()]
+    texts = data.table["text"].to_pylist()
+    return ReadSet(texts, words, scores, data.questions, data.answers, data.rows, data.question_embeddings)
+
+
+def _log(out_dir: Path, line: Mapping[str, object], say: Callable[[str], None], *, quiet: bool) -> None:
+    with (out_dir / "curve.jsonl").open("a") as stream:
+        stream.write(json.dumps(dict(line)) + "\n")
+    if not quiet:
+        say(
+            "  ".join(
+                f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in line.items()
+            )
+        )
+
+
+def _card(
+    trainer: Trainer,
+    run: ReaderRun,
+    data: Prepared,
+    language_model: LanguageModel,
+    codebook: Codebook,
+    lexicon: Lexicon,
+    finished: bool,
+    tables: Mapping[str, list[dict[str, object]]],
+) -> dict[str, object]:
+    device = language_model.device
+    return {
+        "what": "KV-LoRA: low-rank updates of the key and value projections of every layer",
+        "base": {"name": language_model.name, "digest": language_model.digest},
+        "parameters": sum(master.numel() for master in trainer.masters),
+        "finished": finished,
+        "run": asdict(run),
+        "progress": asdict(trainer.progress),
+        "samples_per_second": round(trainer.progress.samples / max(1e-9, trainer.progress.seconds), 1),
+        "compiled": trainer.compiled,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU",
+        "data": {"passages": data.sources, "questions": len(data.questions), "held_out": "passages of the split dev"},
+        "codebook": codebook.digest,
+        "lexicon": lexicon.digest,
+        "versions": {"torch": torch.__version__, "python": sys.version.split()[0]},
+        "made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "results": dict(tables),
+    }
