@@ -6,9 +6,8 @@ from pathlib import Path
 
 import click
 
-from mbc_core.cli.train_reader import reader_command
-
 from mbc_core.cli.train_encoder import lexicon_command, prepare_command, salience_command
+from mbc_core.cli.train_reader import reader_command
 
 
 @click.group()

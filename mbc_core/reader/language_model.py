@@ -126,7 +126,7 @@ def _load_folder(folder: Path, dtype: torch.dtype, device: torch.device | str) -
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # a second of loading needs no bar on a command's output
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # a second of loading needs no bar on a command's output
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
