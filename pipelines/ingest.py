@@ -1,0 +1,377 @@
+"""The main job: documents → codes in a bank.
+
+    python -m pipelines.ingest documents.jsonl --bank my-bank
+    python -m pipelines.ingest 'gs://bucket/docs/*.jsonl' --bank gs://bucket/bank \\
+        --runner=DataflowRunner --project=… --region=… --temp_location=gs://bucket/tmp
+
+On one machine the sources are read once, dealt out into slices, and each slice runs through the graph and is
+durable before the next one: memory stays bounded, and a run that died goes on where it stopped. Other runners take
+the whole input as one slice and read it themselves.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import apache_beam as beam
+import pyarrow.fs as pafs
+from apache_beam.options.pipeline_options import StandardOptions
+
+from mbc_core.bank import Bank, SliceId, Status, Storage, VisibleKeys, drop_folded_statistics, finished_slices
+from mbc_core.bank.codebooks import version_rows
+from mbc_core.codebook.files import Codebook
+from mbc_core.codes import Rotation
+from mbc_core.errors import MbcError, UsageError
+from pipelines.encoding import EncoderSource, acquire, resolve, resolve_device
+from pipelines.graph import Job, Share, build_distributed, build_slice, options_of, run
+from pipelines.options import (
+    DAY,
+    IngestSettings,
+    codebook_of,
+    encoder_of,
+    parse_arguments,
+    rotation_of,
+)
+from pipelines.plain import EncodeRule
+from pipelines.plan import Judged, Plan, Slice, Spill, deal_out, make_plan
+from pipelines.progress import Report, report
+from pipelines.read import StagedBatches, drop_duplicates
+from pipelines.readers import read_source
+from pipelines.records import DeadLetters, Tally, require_whole
+from pipelines.sink import write_slice
+from pipelines.sources import STDIN, Found, Source, find_sources
+from pipelines.staging import read_rows, staging_errors, staging_folder
+from schemas.manifest import PROFILES, Manifest
+
+_LOCAL_RUNNERS = ("fnapirunner", "directrunner", "bundlebaseddirectrunner")
+_WHOLE = "all"
+
+
+def run_ingest(
+    sources: Sequence[str],
+    bank: str,
+    settings: IngestSettings | None = None,
+    *,
+    beam_args: Sequence[str] = (),
+    show_progress: bool | None = None,
+    stdin: IO[bytes] | None = None,
+) -> dict[str, Any]:
+    """Ingest documents into a bank, making the bank when there is none.
+
+    Args:
+        sources: files, folders, globs, ``s3://…``, ``gs://…``, or ``-`` for JSON Lines on standard input.
+        bank: local path, ``s3://…`` or ``gs://…``.
+        settings: everything else; the defaults when None.
+        beam_args: Beam's options, for example ``["--direct_running_mode=multi_processing", …]``.
+        show_progress: on standard error; None shows it on terminals only.
+        stdin: read for ``-``.
+
+    Returns:
+        The keys of ``schemas.results.IngestResult`` (counts of this ingest id, in documents, from the ledger), and
+        ``documents_in, dead_letters_by_reason, slices, slices_skipped, passed_over``.
+
+    Raises:
+        UsageError: sources or settings that cannot be, or a bank made with other settings.
+        StorageError: a disk is full, or something may not be read or written.
+        MbcError: counts that do not add up, and other errors of the family.
+    """
+    began = time.monotonic()
+    settings = settings or IngestSettings()
+    found = find_sources(sources)
+    options = options_of(beam_args)
+    opened = _open(bank, settings)
+    if (options.view_as(StandardOptions).runner or "").lower().rpartition(".")[2] in _LOCAL_RUNNERS:
+        outcome = _run_slices(found, opened, settings, beam_args, show_progress, stdin)
+    else:
+        outcome = _run_distributed(found, opened, settings, beam_args)
+    return _result(opened.bank, outcome, found, time.monotonic() - began)
+
+
+# ----------------------------------------------------------------------------------------------------- opening a bank
+
+
+@dataclass(frozen=True)
+class _Opened:
+    bank: Bank
+    encoder: EncoderSource
+    rotation: Rotation
+
+
+def _open(uri: str, settings: IngestSettings) -> _Opened:
+    """The bank, made with these settings or checked against them before anything is read."""
+    storage = Storage(uri)
+    there = Bank.open(uri).manifest if storage.exists("manifest.json") else None
+    profile = PROFILES[settings.profile or (there.profile if there else "default")]
+    precision = settings.precision
+    if precision == "auto" and there is not None and there.encoder.count("/") >= 2:
+        precision = there.encoder.rsplit("/", 2)[1]  # a bank keeps the precision it was made with
+    source = encoder_of(settings, profile, resolve_device(settings.device), precision)
+    loaded = acquire(source)
+    rotation = Rotation.load(resolve(rotation_of(settings)))
+    book_path = resolve(codebook_of(settings, profile))
+    book = Codebook.from_bytes(book_path.read_bytes(), str(book_path))
+    words = profile.words > 0 and loaded.lexicon is not None
+    manifest = Manifest(
+        profile=profile.name,
+        encoder=loaded.encoder.encoder_id,
+        slots=profile.slots,
+        codewords=book.size,
+        width=book.width,
+        words=profile.words,
+        rotation=rotation.digest,
+        salience=loaded.encoder.salience_digest if words else "",
+        lexicon=loaded.lexicon.digest if words and loaded.lexicon is not None else "",
+        window_seconds=settings.window_seconds or (there.window_seconds if there else DAY),
+    )
+    return _Opened(Bank.open_or_create(uri, manifest, book), source, rotation)
+
+
+def _job(opened: _Opened, settings: IngestSettings) -> Job:
+    rule = EncodeRule(opened.bank.manifest.words, settings.keep_text, replay=settings.replay_per_window > 0)
+    return Job(opened.bank, opened.encoder, opened.rotation, rule, settings.update_rule, settings.shards)
+
+
+# ------------------------------------------------------------------------------------------------------ local slices
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """Which ledger rows make up the run, and how many records it saw (None: the workers counted)."""
+
+    ingest_id: str
+    names: frozenset[str] | None
+    documents_in: int | None
+    slices: int
+    skipped: int
+    finished_before: frozenset[str]
+
+
+def _run_slices(
+    found: Found,
+    opened: _Opened,
+    settings: IngestSettings,
+    beam_args: Sequence[str],
+    show_progress: bool | None,
+    stdin: IO[bytes] | None,
+) -> _Outcome:
+    manifest = opened.bank.manifest
+    with staging_folder(settings.staging) as folder, report(show_progress) as shown:
+        spill = Spill(folder, manifest.salt, manifest.window_seconds)
+        for source in found.sources:
+            spill.read(read_source(source, stdin), shown.read)
+        spill.finish()
+        chosen = _choose_run(opened.bank, spill, settings)
+        deal_out(spill, chosen.plan, chosen.finished)
+        runner = _SliceRunner(_job(opened, settings), chosen, settings, tuple(beam_args), shown)
+        runner.run_all()
+    plan, finished = chosen.plan, chosen.finished
+    skipped = sum(one.name in finished for one in plan.slices)
+    return _Outcome(
+        chosen.ingest_id, frozenset(plan.names), plan.documents_in, len(plan.slices), skipped, frozenset(finished)
+    )
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """The run to do: its name and plan, its finished commits, and what the bank shows right now."""
+
+    ingest_id: str
+    plan: Plan
+    finished: set[str]
+    visible: VisibleKeys
+
+
+def _choose_run(bank: Bank, spill: Spill, settings: IngestSettings) -> _Chosen:
+    """Name and plan the run.
+
+    A derived name is the same for the same documents: an interrupted run is resumed, a finished one not repeated.
+    But where newer revisions have replaced its documents since, ingesting them again must bring them back: that is
+    another run, under the next name.
+    """
+    base = settings.ingest_id or _derived_id(spill.fingerprint, settings)
+    now = bank.visible()
+    for generation in itertools.count(1):
+        ingest_id = base if generation == 1 else f"{base}-{generation}"
+        finished = finished_slices(bank, ingest_id)
+        before = bank.visible(ignore_ingest=ingest_id) if finished else now
+        plan = make_plan(spill, before, settings.slice_documents)
+        chosen = _Chosen(ingest_id, plan, finished, now)
+        if settings.ingest_id or plan.names - finished:
+            return chosen
+        if (now.status(plan.keys, plan.hashes) == Status.DUPLICATE).all():
+            return chosen  # all done before, and still what the bank shows
+    raise AssertionError("itertools.count ends only by a return")
+
+
+def _derived_id(fingerprint: str, settings: IngestSettings) -> str:
+    told = f"{fingerprint}/{settings.slice_documents}/{settings.keep_text}/{settings.replay_per_window}"
+    return f"run-{hashlib.blake2b(told.encode(), digest_size=8).hexdigest()}"
+
+
+class _SliceRunner:
+    """Runs the slices of one run, each durable before the next."""
+
+    def __init__(
+        self, job: Job, chosen: _Chosen, settings: IngestSettings, beam_args: tuple[str, ...], shown: Report
+    ) -> None:
+        self._job, self._chosen, self._settings = job, chosen, settings
+        self._beam_args, self._shown = beam_args, shown
+        self._head = -1
+
+    def run_all(self) -> None:
+        """Commit what the plan judged, then run slice after slice; finished ones are passed over."""
+        plan, finished = self._chosen.plan, self._chosen.finished
+        for judged in plan.judged:
+            if judged.name not in finished:
+                self._commit_judged(judged)
+        done = sum(one.documents for one in plan.slices if one.name in finished)
+        self._shown.start_encoding(sum(one.documents for one in plan.slices), done)
+        for one in plan.slices:
+            if one.name not in finished:
+                self._run_slice(one)
+                done += one.documents
+                self._shown.slice_done(done)
+
+    def _commit_judged(self, judged: Judged) -> None:
+        letters = None if judged.path is None else DeadLetters(read_rows(judged.path))
+        write_slice(self._job.bank, self._begin(judged.name), None, judged.tallies, letters)
+
+    def _run_slice(self, one: Slice) -> None:
+        rows, tallies = drop_duplicates(read_rows(one.path), self._chosen.visible)
+        share = Share(self._begin(one.name), one.continues, self._replay_limits(one))
+        if rows.num_rows:
+            path = one.path.with_suffix(".batches")
+            with staging_errors(path):
+                staged = StagedBatches.write(path, rows)
+            pipeline = beam.Pipeline(options=options_of(self._beam_args))
+            build_slice(pipeline, staged, tallies, self._job, share)
+            run(pipeline)
+            path.unlink()
+        else:
+            write_slice(self._job.bank, share.slice_id, None, tallies)
+        one.path.unlink()
+        self._forget_folded()
+
+    def _begin(self, name: str) -> SliceId:
+        return SliceId.begin(self._chosen.ingest_id, name)
+
+    def _replay_limits(self, one: Slice) -> dict[str, int]:
+        """A window that several slices share keeps an equal part of its replay rows from each."""
+        return {window: -(-self._settings.replay_per_window // parts) for window, parts in one.parts.items()}
+
+    def _forget_folded(self) -> None:
+        """Delete statistics files that a new codebook version has taken in."""
+        head = max(version_rows(self._job.bank))
+        if head != self._head:
+            self._head = head
+            drop_folded_statistics(self._job.bank, self._job.bank.codebook(head).last_window)
+
+
+# ------------------------------------------------------------------------------------------------------- distributed
+
+
+def _run_distributed(found: Found, opened: _Opened, settings: IngestSettings, beam_args: Sequence[str]) -> _Outcome:
+    """One pipeline that reads its sources itself and makes one commit."""
+    ingest_id = settings.ingest_id or _id_from_listing(found.sources, settings)
+    share = Share(SliceId.begin(ingest_id, _WHOLE))
+    finished = finished_slices(opened.bank, ingest_id)
+    if _WHOLE not in finished:
+        pipeline = beam.Pipeline(options=options_of(beam_args))
+        build_distributed(pipeline, found.sources, _job(opened, settings), share)
+        run(pipeline)
+    return _Outcome(ingest_id, None, None, 1, int(_WHOLE in finished), frozenset(finished))
+
+
+def _id_from_listing(sources: Iterable[Source], settings: IngestSettings) -> str:
+    """Workers read the files, so the name comes from their paths, sizes and times of change."""
+    told = []
+    for one in sources:
+        if one.path == STDIN:
+            raise UsageError(
+                "standard input cannot be read by distributed workers",
+                value=one.path,
+                cause="the runner runs on other machines",
+                fix="write the documents to the store and name the file",
+            )
+        address = one.path if "://" in one.path else Path(one.path).absolute().as_uri()
+        filesystem, inner = pafs.FileSystem.from_uri(address)
+        info = filesystem.get_file_info(inner)
+        told.append(f"{one.path} {info.size} {info.mtime_ns}")
+    return _derived_id(hashlib.blake2b("\n".join(told).encode()).hexdigest(), settings)
+
+
+# ----------------------------------------------------------------------------------------------------------- results
+
+
+def _result(bank: Bank, outcome: _Outcome, found: Found, seconds: float) -> dict[str, Any]:
+    """The counts of this run, from the ledger; they must add up to what was read."""
+    rows = [
+        row
+        for row in bank.read("ledger").to_pylist()
+        if row["ingest_id"] == outcome.ingest_id and (outcome.names is None or row["slice"] in outcome.names)
+    ]
+    total = Tally("")
+    for row in rows:
+        total += Tally(
+            "",
+            **{name: row[name] for name in ("documents_in", "documents", "passages", "duplicates", "replaced")},
+            dead_letters=json.loads(row["dead_letters"]),
+        )
+    require_whole([total])
+    if outcome.documents_in is not None and total.documents_in != outcome.documents_in:
+        raise MbcError(
+            "the ledger does not hold every document that was read",
+            value=f"{outcome.documents_in} read, {total.documents_in} in the ledger",
+            cause="a commit is missing or was made twice: this is a defect of the program",
+            fix="run the same command again, and report it with this message",
+        )
+    return {
+        "ingest_id": outcome.ingest_id,
+        "documents": total.documents,
+        "passages": total.passages,
+        "duplicates": total.duplicates,
+        "replaced": total.replaced,
+        "dead_letters": sum(total.dead_letters.values()),
+        "windows": len({row["window"] for row in rows if row["documents"]}),
+        "codebook_version": max(version_rows(bank)),
+        "seconds": round(seconds, 3),
+        "documents_per_second": round(_encoded_now(outcome, rows) / max(seconds, 1e-9), 2),
+        "documents_in": total.documents_in,
+        "dead_letters_by_reason": dict(total.dead_letters),
+        "slices": outcome.slices,
+        "slices_skipped": outcome.skipped,
+        "passed_over": list(found.passed_over),
+    }
+
+
+def _encoded_now(outcome: _Outcome, rows: Iterable[dict[str, Any]]) -> int:
+    """Documents that this very process made visible."""
+    return sum(row["documents"] for row in rows if row["slice"] not in outcome.finished_before)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``python -m pipelines.ingest``: 0 done, 1 failed, 2 wrong use."""
+    try:
+        given = parse_arguments(sys.argv[1:] if argv is None else argv)
+        result = run_ingest(given.sources, given.bank, given.settings, beam_args=given.beam_args)
+    except MbcError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted: finished slices are kept; the same command goes on from here", file=sys.stderr)
+        return 1
+    shown = json.dumps(result) if given.as_json else "\n".join(f"{name}: {value}" for name, value in result.items())
+    print(shown)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

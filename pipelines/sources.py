@@ -1,0 +1,163 @@
+"""Where documents come from: files, folders, globs, object stores, standard input → a list of sources to read."""
+
+from __future__ import annotations
+
+import fnmatch
+import glob
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+
+from mbc_core.errors import StorageError, UsageError
+
+STDIN = "-"
+KINDS = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",
+    ".parquet": "parquet",
+    ".csv": "csv",
+    ".txt": "text",
+    ".md": "text",
+}
+_COMPRESSED = (".gz", ".zst")
+_GLOB_CHARACTERS = "*?["
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One file, or standard input.
+
+    Attributes:
+        path: local path, ``s3://…`` or ``gs://…`` address, or ``-``; as the user wrote it, so that the ids of text
+            files (their path) stay the same from night to night.
+        kind: ``jsonl``, ``parquet``, ``csv`` or ``text``.
+    """
+
+    path: str
+    kind: str
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What the given sources expand to: the files to read, and the files passed over for their ending."""
+
+    sources: tuple[Source, ...]
+    passed_over: tuple[str, ...]
+
+
+def find_sources(given: Sequence[str]) -> Found:
+    """Expand files, folders, globs and object-store addresses into files, sorted within each argument.
+
+    A folder gives every file below it with a known ending; names that start with ``.`` or ``_`` are left out.
+
+    Raises:
+        UsageError: nothing given, nothing found, an unknown ending, standard input twice.
+        StorageError: a named file cannot be opened, or a store cannot be listed.
+    """
+    if not given:
+        raise UsageError("no source was given", fix="name files, folders or globs, or - for standard input")
+    if list(given).count(STDIN) > 1:
+        raise UsageError("standard input is named twice", value=list(given), fix="give - once")
+    sources: dict[str, Source] = {}
+    passed_over: list[str] = []
+    for one in given:
+        for path, named in _paths(one):
+            kind = "jsonl" if path == STDIN else kind_of(path)
+            if kind:
+                sources.setdefault(path, Source(path, kind))
+            elif named:
+                raise UsageError(
+                    "the kind of this source is unknown",
+                    value=path,
+                    cause=f"it ends in none of {', '.join(KINDS)} (each may be followed by .gz or .zst)",
+                    fix="rename it, or pipe JSON Lines into standard input and name -",
+                )
+            else:
+                passed_over.append(path)
+    if not sources:
+        raise UsageError(
+            "no document file was found",
+            value=list(given),
+            cause=f"no file there ends in one of {', '.join(KINDS)}",
+            fix="check the path, or quote the glob so that the shell leaves it alone",
+        )
+    return Found(tuple(sources.values()), tuple(passed_over))
+
+
+def kind_of(path: str) -> str:
+    """``jsonl``, ``parquet``, ``csv``, ``text``, or ``""`` when the ending is not known."""
+    name = PurePosixPath(path).name.lower()
+    for ending in _COMPRESSED:
+        name = name.removesuffix(ending)
+    return KINDS.get(PurePosixPath(name).suffix, "")
+
+
+def _paths(given: str) -> Iterator[tuple[str, bool]]:
+    """(path, was it named itself?) of one argument."""
+    if given == STDIN:
+        yield given, True
+    elif "://" in given:
+        yield from _remote_paths(given)
+    elif any(char in given for char in _GLOB_CHARACTERS) and not Path(given).exists():
+        for path in sorted(glob.glob(given, recursive=True)):  # noqa: PTH207 - Path.glob cannot take absolute patterns
+            if Path(path).is_file() and not _hidden(path, given):
+                yield Path(path).as_posix(), False
+    elif Path(given).is_dir():
+        if not os.access(given, os.R_OK | os.X_OK):
+            raise _cannot_open(given, "no permission to list the folder")
+        for file in sorted(Path(given).rglob("*")):
+            if file.is_file() and not _hidden(file.relative_to(given).as_posix()):
+                yield file.as_posix(), False
+    else:
+        _check_named(given)
+        yield Path(given).as_posix(), True
+
+
+def _check_named(given: str) -> None:
+    """A file that the user named must open now; only files found by listing become dead letters later."""
+    if not Path(given).exists():
+        raise UsageError("the source does not exist", value=given, cause="a misspelt path", fix="check the path")
+    if not os.access(given, os.R_OK):
+        raise _cannot_open(given, "no permission to read it")
+
+
+def _hidden(path: str, below: str = "") -> bool:
+    parts = PurePosixPath(path).parts[len(PurePosixPath(below).parent.parts) :]
+    return any(part.startswith((".", "_")) for part in parts if part not in (".", ".."))
+
+
+def _remote_paths(given: str) -> Iterator[tuple[str, bool]]:
+    scheme, _, rest = given.partition("://")
+    if scheme not in ("s3", "gs", "file"):
+        raise UsageError("the store is unknown", value=given, fix="use a local path, s3://… or gs://…")
+    pattern = any(char in rest for char in _GLOB_CHARACTERS)
+    base = rest[: min(rest.index(char) for char in _GLOB_CHARACTERS if char in rest)] if pattern else rest
+    base = base.rpartition("/")[0] if pattern else base
+    try:
+        filesystem, root = pafs.FileSystem.from_uri(f"{scheme}://{base}")
+        info = filesystem.get_file_info(root)
+        if info.type == pafs.FileType.File:
+            yield given, True
+            return
+        listed = filesystem.get_file_info(pafs.FileSelector(root, recursive=True, allow_not_found=True))
+    except (OSError, pa.ArrowException) as error:
+        raise _cannot_open(given, str(error)) from error
+    prefix = f"{scheme}://{base.rstrip('/')}"
+    for info in sorted(listed, key=lambda one: str(one.path)):
+        inner = str(info.path)[len(root.rstrip("/")) + 1 :]
+        address = f"{prefix}/{inner}"
+        if info.type != pafs.FileType.File or _hidden(inner):
+            continue
+        if not pattern or fnmatch.fnmatchcase(address, given):
+            yield address, False
+
+
+def _cannot_open(path: str, cause: str) -> StorageError:
+    return StorageError(
+        "the source cannot be opened", value=path, cause=cause, fix="check its permissions and your credentials"
+    )
