@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 
 from mbc_core.errors import BadDocument
 
@@ -94,7 +94,7 @@ def document_from_bytes(line: bytes) -> Document:
         ) from error
     try:
         fields = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits is a plain ValueError
         raise BadDocument(
             "not_json",
             "the line is not JSON",
@@ -131,7 +131,7 @@ def document_from_mapping(fields: Mapping[str, object]) -> Document:
 
 
 def parse_timestamp(value: object) -> int | None:
-    """ISO 8601 text or a datetime → microseconds since the epoch, UTC when it names no zone; None stays None.
+    """ISO 8601 text, a date or a datetime → microseconds since the epoch, UTC when it names no zone; None stays None.
 
     Raises:
         BadDocument: reason ``bad_timestamp``.
@@ -139,6 +139,8 @@ def parse_timestamp(value: object) -> int | None:
     if value is None or value == "":
         return None
     try:
+        if not isinstance(value, str | date):  # a datetime is a date; numbers could be seconds, days or years
+            raise ValueError(f"a {type(value).__name__} is not a date")
         moment = value if isinstance(value, datetime) else datetime.fromisoformat(str(value).strip())
         moment = moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
         delta = moment - datetime(1970, 1, 1, tzinfo=UTC)
@@ -154,7 +156,8 @@ def parse_timestamp(value: object) -> int | None:
 
 
 def _doc_id(fields: Mapping[str, object]) -> str:
-    value = fields.get("id", fields.get("doc_id"))
+    value = fields.get("id")
+    value = fields.get("doc_id") if value is None else value
     if value is None or value == "":
         raise BadDocument(
             "no_id",
@@ -167,12 +170,13 @@ def _doc_id(fields: Mapping[str, object]) -> str:
         isinstance(value, bool)
         or not isinstance(value, str | int)
         or len(str(value).encode("utf-8", "replace")) > MAX_ID_BYTES
+        or _has_lone_surrogate(str(value))
     ):
         raise BadDocument(
             "bad_id",
             "the id is not a short string or an integer",
             value=value,
-            cause=f"ids are strings of at most {MAX_ID_BYTES} bytes",
+            cause=f"ids are strings of at most {MAX_ID_BYTES} bytes of UTF-8",
             fix="use the record's name or number as id",
         )
     return str(value)
@@ -197,7 +201,7 @@ def _text(fields: Mapping[str, object]) -> str:
             cause=f"the limit is {MAX_TEXT_BYTES} bytes a document",
             fix="split it into documents such as chapters, each with its own id",
         )
-    if any("\ud800" <= char <= "\udfff" for char in value):
+    if _has_lone_surrogate(value):
         raise BadDocument(
             "not_utf8",
             "the text holds a lone surrogate",
@@ -210,13 +214,13 @@ def _text(fields: Mapping[str, object]) -> str:
 
 def _optional_string(fields: Mapping[str, object], name: str) -> str | None:
     value = fields.get(name)
-    if value is None or isinstance(value, str):
+    if value is None or (isinstance(value, str) and not _has_lone_surrogate(value)):
         return value or None
     raise BadDocument(
         "bad_field",
-        f"`{name}` is not a string",
+        f"`{name}` is not a string of UTF-8",
         value=value,
-        cause="another type stands in this field",
+        cause="another type stands in this field, or a character was cut in half",
         fix=f"make `{name}` a string or leave it out",
     )
 
@@ -228,7 +232,7 @@ def _qa(fields: Mapping[str, object]) -> tuple[tuple[str, str], ...]:
     pairs = []
     for item in value if isinstance(value, list) else [None]:
         question, answer = (item.get("question"), item.get("answer")) if isinstance(item, dict) else (None, None)
-        if not (isinstance(question, str) and isinstance(answer, str) and question.strip() and answer.strip()):
+        if not (_is_filled(question) and _is_filled(answer)):
             raise BadDocument(
                 "bad_field",
                 "`qa` is not a list of question and answer strings",
@@ -236,5 +240,18 @@ def _qa(fields: Mapping[str, object]) -> tuple[tuple[str, str], ...]:
                 cause="an entry lacks `question` or `answer`",
                 fix='write [{"question": "…", "answer": "…"}] or leave `qa` out',
             )
-        pairs.append((question, answer))
+        pairs.append((str(question), str(answer)))
     return tuple(pairs)
+
+
+def _is_filled(value: object) -> bool:
+    return isinstance(value, str) and bool(value.strip()) and not _has_lone_surrogate(value)
+
+
+def _has_lone_surrogate(text: str) -> bool:
+    """Half of a character, as JSON escapes can spell it: no UTF-8 can hold it."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return True
+    return False

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import secrets
 from dataclasses import asdict, dataclass, field, fields
 
 from mbc_core.errors import DamagedFile, IncompatibleBank, UsageError
 from schemas.tables import FORMAT_VERSION
+
+_SALT = re.compile("[0-9a-f]{32}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,9 +97,17 @@ class Manifest:
         names = {one.name for one in fields(cls)}
         if set(found) != names:
             raise DamagedFile(
-                "the bank's manifest has missing or unknown fields",
+                f"the bank's manifest {where} has missing or unknown fields",
                 value=sorted(set(found) ^ names),
                 cause="it was edited by hand or cut short",
+                fix="restore manifest.json from a copy",
+            )
+        wrong = [one.name for one in fields(cls) if type(found[one.name]).__name__ != one.type]
+        if wrong or not _SALT.fullmatch(found["key_salt"]):
+            raise DamagedFile(
+                f"the bank's manifest {where} holds a value of the wrong kind",
+                value=wrong or "key_salt",
+                cause="it was edited by hand",
                 fix="restore manifest.json from a copy",
             )
         return cls(**found)

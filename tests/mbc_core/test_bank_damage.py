@@ -78,7 +78,7 @@ def test_a_file_with_the_right_digest_that_is_not_parquet(bank):
         (b"{", "the bank's manifest .* cannot be read.*not a manifest's JSON"),
         (b"[]", "the bank's manifest .* cannot be read"),
         (b"\xff\xfe", "the bank's manifest .*manifest.json cannot be read.*it is not UTF-8"),
-        (b'{"format_version": 1, "profile": "default"}', "the bank's manifest has missing or unknown fields"),
+        (b'{"format_version": 1, "profile": "default"}', "the bank's manifest .* has missing or unknown fields"),
         (b"", "the bank's manifest .* cannot be read"),
     ],
 )
