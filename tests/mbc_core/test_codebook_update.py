@@ -213,3 +213,21 @@ def test_the_publication_threshold_grows_with_the_bank():
     grown = update(four_by_five(), statistics(four_by_five(), VECTORS * 500, CODES * 500), rule, [W1]).codebook
     assert grown.vectors_seen == 4000
     assert rule.vectors_needed(grown) == 400
+
+
+def test_a_candidate_serves_one_reset_only():
+    """Seven documents are enough for one word of five; the second dead code must wait."""
+    vectors = [[3, 0, 0, 0, 0]] * 3 + [[-3, 0, 0, 0, 0]] * 4
+    head = four_by_five((400.0, 400.0, 1.0, 1.0))
+    result = update(head, statistics(head, vectors, [0] * 7), UpdateRule(tau=1e4), [W1])
+    assert (result.resets, result.starved) == (1, 1)
+
+
+def test_a_dead_word_does_not_count_as_serving_anyone():
+    """Code 3 lies on the worst-served vector, but it is dead and about to be replaced: the vector still leads."""
+    words = np.eye(4, 5, dtype=np.float32)
+    words[3] = 0, 0, 4, 0, 0
+    head = Codebook.first(words, np.full(4, 4.0))
+    book = update(head, statistics(head), RESETTING, [W1]).codebook
+    assert book.reset_at.tolist() == [0, 0, 0, 1]
+    assert book.codewords[3] == pytest.approx([0.4, 0.6, 0.8, 0, 0.2], rel=1e-7)
