@@ -1,8 +1,8 @@
 """What a passage costs, beside what it is compared with: the text, zstd, and MAC's floats on the same backbone.
 
 MAC (the paper's rival) keeps T vectors of the language model's width a document, in float32. A ratio without its
-label means nothing here, so there are always three: the indices alone, the indices with their codebooks, and
-everything that a reader needs (all-in).
+label means nothing here, so there are always three: the indices alone, the indices with their codebooks, and all-in
+(the tables that recall reads); and beside them everything on disk.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mbc_core.errors import UsageError
+from schemas.results import BankBytes
 
 FLOAT_BYTES = 4
 _LEVEL = 19
@@ -45,14 +46,16 @@ class Ratios:
     Attributes:
         mac: bytes a document in MAC: T · width · 4.
         indices: the packed codebook indices alone.
-        with_codebooks: the indices and the codebook files.
-        all_in: the tables `codes` and `documents` and the codebook files.
+        with_codebook: the indices and every codebook version's file.
+        all_in: the tables `codes` and `documents` as stored, logs included; `all_in` of `mbc inspect`.
+        on_disk: every byte of the bank: also codebooks, replay, ledger, adapters.
     """
 
     mac: int
     indices: float
-    with_codebooks: float
+    with_codebook: float
     all_in: float
+    on_disk: float
 
 
 def mac_bytes(slots: int, width: int) -> int:
@@ -64,16 +67,14 @@ def mac_bytes(slots: int, width: int) -> int:
     return slots * width * FLOAT_BYTES
 
 
-def ratios(
-    *, documents: int, slots: int, width: int, address: int, codes: int, documents_table: int, codebooks: int
-) -> Ratios:
-    """The three labelled ratios to MAC's floats on the same backbone and T.
+def ratios(*, documents: int, slots: int, width: int, address: float, stored: BankBytes) -> Ratios:
+    """The labelled ratios to MAC's floats on the same backbone and T.
 
     Args:
         documents: how many the bank holds.
         slots, width: T, and the width of the language model.
-        address: bytes of all packed indices.
-        codes, documents_table, codebooks: bytes of the tables and of the codebook files.
+        address: bytes of all packed indices together.
+        stored: what `mbc inspect` says under ``bytes``.
 
     Raises:
         UsageError: an empty bank has no ratio.
@@ -82,7 +83,13 @@ def ratios(
         raise UsageError("an empty bank has no sizes to compare", value=documents, fix="ingest some documents first")
     mac = mac_bytes(slots, width)
     total = documents * mac
-    return Ratios(mac, address / total, (address + codebooks) / total, (codes + documents_table + codebooks) / total)
+    return Ratios(
+        mac=mac,
+        indices=address / total,
+        with_codebook=(address + stored["codebooks"]) / total,
+        all_in=(stored["codes"] + stored["documents"]) / total,
+        on_disk=stored["total"] / total,
+    )
 
 
 def compress(texts: Sequence[str]) -> Compressed:

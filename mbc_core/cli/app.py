@@ -76,12 +76,19 @@ def run(group: click.Group, arguments: Sequence[str] | None = None, *, prog: str
         note("interrupted; what was committed stays, and the same command goes on from there")
         return 1
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader of our output went away
-        return 1
+        return _reader_went_away()
     except MbcError as error:
+        if isinstance(error.__cause__, BrokenPipeError):
+            return _reader_went_away()
         note(f"error: {error}")
         return error.exit_code
     except Exception as error:  # the last resort: a person sees one line, a developer sets MBC_DEBUG
         note(f"error: {type(error).__name__}: {error}")
         note(traceback.format_exc() if os.environ.get("MBC_DEBUG") else "Set MBC_DEBUG=1 to see where it came from.")
         return 1
+
+
+def _reader_went_away() -> int:
+    """End quietly, as `mbc export … | head` expects; Python must not try to flush into the closed pipe."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1

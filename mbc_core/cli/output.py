@@ -53,8 +53,10 @@ def print_json(value: Mapping[str, Any], stream: TextIO) -> None:
 
 
 def table(title: str | None, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
-    """A plain table; numbers are right-aligned and get thousands separators."""
-    result = Table(title=title, title_justify="left", box=rich.box.SIMPLE_HEAD, pad_edge=False)
+    """A plain table; numbers are right-aligned and get thousands separators. Nameless columns have no header line."""
+    headed = any(columns)
+    box = rich.box.SIMPLE_HEAD if headed else rich.box.SIMPLE
+    result = Table(title=title, title_justify="left", box=box, show_header=headed, show_edge=False, pad_edge=False)
     for number, name in enumerate(columns):
         numeric = bool(rows) and all(isinstance(row[number], int | float) or row[number] == "–" for row in rows)
         result.add_column(name, justify="right" if numeric else "left", overflow="fold")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -117,6 +118,24 @@ def test_export_to_standard_output(bank, monkeypatch):
     assert run(cli, ["export", "--bank", bank.uri]) == 0
     lines = stream.buffer.getvalue().decode("utf-8").splitlines()
     assert {json.loads(line)["doc_id"] for line in lines} == {f"d{number:04d}" for number in range(5)}
+
+
+def test_a_reader_that_goes_away_ends_the_export_quietly(bank):
+    program = (
+        "import sys; from mbc_core import defaults; from test_cli_bank import Numbers; defaults.lexicon = Numbers; "
+        f"from mbc_core.cli import cli, run; sys.exit(run(cli, ['export', '--bank', {bank.uri!r}]))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+    )
+    process.stdout.close()
+    assert process.wait(timeout=120) == 1
+    assert process.stderr.read() == ""
+    process.stderr.close()
 
 
 def test_parquet_does_not_go_to_standard_output(bank, capsys):

@@ -6,6 +6,7 @@ import pytest
 
 from mbc_core.errors import UsageError
 from mbc_core.sizes import compress, mac_bytes, ratios
+from schemas.results import BankBytes
 
 
 def test_macs_floats_on_smollm2():
@@ -13,17 +14,25 @@ def test_macs_floats_on_smollm2():
     assert mac_bytes(24, 576) == 55_296
 
 
-def test_three_ratios_by_hand():
-    found = ratios(documents=10, slots=2, width=5, address=20, codes=40, documents_table=100, codebooks=60)
+def stored(**sizes: int) -> BankBytes:
+    names = ("codes", "documents", "replay", "codebooks", "adapters", "other")
+    known = {name: sizes.get(name, 0) for name in names}
+    return BankBytes(**known, total=sum(known.values()))
+
+
+def test_ratios_by_hand():
+    sizes = stored(codes=40, documents=100, codebooks=60, replay=7, other=13)
+    found = ratios(documents=10, slots=2, width=5, address=20, stored=sizes)
     assert found.mac == 40
     assert found.indices == pytest.approx(20 / 400)
-    assert found.with_codebooks == pytest.approx(80 / 400)
-    assert found.all_in == pytest.approx(200 / 400)
+    assert found.with_codebook == pytest.approx(80 / 400)
+    assert found.all_in == pytest.approx(140 / 400)
+    assert found.on_disk == pytest.approx(220 / 400)
 
 
 def test_an_empty_bank_has_no_ratios():
     with pytest.raises(UsageError, match="empty bank has no sizes"):
-        ratios(documents=0, slots=2, width=5, address=0, codes=0, documents_table=0, codebooks=0)
+        ratios(documents=0, slots=2, width=5, address=0, stored=stored())
 
 
 def test_compression_orders_as_it_must():
