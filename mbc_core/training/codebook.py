@@ -38,6 +38,8 @@ _FIXED_POINT_BITS = 28
 _CHUNK_VECTORS = 1 << 16
 _START_SAMPLE = 1 << 16
 _CONVERGED = 1e-5
+_WEAK_SHARE = 0.05
+"""Of the mean count: above the share at which an update calls a code dead."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +156,9 @@ def resolve_device(name: str) -> str:
 def kmeans(
     vectors: torch.Tensor, codewords: int, *, seed: int, iterations: int, progress: Progress = lambda line: None
 ) -> tuple[torch.Tensor, int]:
-    """Lloyd's algorithm from a k-means++ start; a codeword that loses all its vectors takes the worst-served one.
+    """Lloyd's algorithm from a k-means++ start; a codeword with next to no vectors is put to better use.
+
+    It joins the code that has most: an outlier's private codeword would be dead at the first update.
 
     Args:
         vectors: float32 [m, d_c], on the device to compute on; elements within ±1024.
@@ -178,8 +182,8 @@ def kmeans(
         codes, errors = _assign(vectors, centres)
         error = float(errors.double().mean())
         progress(f"k-means pass {done}: mean squared error {error:.6f}")
-        centres = _means(vectors, codes, errors, codewords)
-        if last - error < _CONVERGED * error:
+        centres, moved = _means(vectors, codes, errors, codewords)
+        if not moved and last - error < _CONVERGED * error:
             return centres, done
         last = error
     return centres, iterations
@@ -273,18 +277,26 @@ def _assign(vectors: torch.Tensor, centres: torch.Tensor) -> tuple[torch.Tensor,
     return torch.cat(codes), torch.cat(errors)
 
 
-def _means(vectors: torch.Tensor, codes: torch.Tensor, errors: torch.Tensor, codewords: int) -> torch.Tensor:
-    """Mean of each code's vectors; integer sums, because float sums on a GPU come in random order."""
+def _means(
+    vectors: torch.Tensor, codes: torch.Tensor, errors: torch.Tensor, codewords: int
+) -> tuple[torch.Tensor, int]:
+    """Mean of each code's vectors, and how many codewords were moved because they serve next to none.
+
+    The sums are integers, because float sums on a GPU come in random order.
+    """
     scale = float(1 << _FIXED_POINT_BITS)
     sums = torch.zeros(codewords, vectors.shape[1], dtype=torch.int64, device=vectors.device)
     for part, part_codes in zip(torch.split(vectors, _CHUNK_VECTORS), torch.split(codes, _CHUNK_VECTORS), strict=True):
         sums.index_add_(0, part_codes, (part.double() * scale).round().long())
     counts = torch.bincount(codes, minlength=codewords)
     centres = (sums.double() / scale / counts.clamp(min=1)[:, None]).float()
-    empty = (counts == 0).nonzero().squeeze(1)
-    if len(empty):
-        centres[empty] = vectors[errors.topk(len(empty)).indices]
-    return centres
+    weak = (counts < _WEAK_SHARE * len(vectors) / codewords).nonzero().squeeze(1)
+    largest = counts.topk(len(weak)).indices
+    for code, full in zip(weak.tolist(), largest.tolist(), strict=True):
+        members = (codes == full).nonzero().squeeze(1)
+        by_error = members[errors[members].argsort(stable=True)]
+        centres[code] = vectors[by_error[len(by_error) // 2]]  # an ordinary member: the two then share the vectors
+    return centres, len(weak)
 
 
 def _card(book: Codebook, vectors: Float32, rotation: Rotation, sources: Mapping[str, int] | None) -> dict[str, Any]:

@@ -49,11 +49,22 @@ def test_kmeans_equals_the_mean_of_what_it_serves():
         assert found[code].numpy() == pytest.approx(points[codes.numpy() == code].mean(axis=0), abs=2e-2)
 
 
-def test_a_codeword_without_vectors_takes_the_worst_served_one():
-    points = torch.tensor([[0.0, 0.0], [0.0, 1.0], [9.0, 9.0]])
-    codes, errors = training._assign(points, torch.tensor([[0.0, 0.5], [50.0, 50.0]]))
-    assert codes.tolist() == [0, 0, 0]
-    assert training._means(points, codes, errors, 2).tolist() == [[3.0, pytest.approx(10 / 3)], [9.0, 9.0]]
+def test_a_codeword_without_vectors_shares_those_of_the_fullest_code():
+    points = torch.tensor([[0.0, 0.0], [0.0, 1.0], [0.0, 3.0], [7.0, 7.0]])
+    codes, errors = training._assign(points, torch.tensor([[0.0, 1.0], [50.0, 50.0], [7.0, 7.0]]))
+    assert codes.tolist() == [0, 0, 0, 2]
+    centres, moved = training._means(points, codes, errors, 3)
+    assert moved == 1
+    assert centres.tolist() == [[0.0, pytest.approx(4 / 3)], [0.0, 0.0], [7.0, 7.0]]  # the middle one by error
+
+
+def test_outliers_get_no_codeword_of_their_own():
+    """Three outliers attract a k-means++ start; their codewords would be dead at the first update."""
+    points = np.concatenate([topical_embeddings(3000, 4), np.full((3, 4), 1.5) * np.array([[1], [-1], [2]])])
+    found, _ = kmeans(torch.from_numpy(points.astype(np.float32)), 20, seed=0, iterations=100)
+    codes, _ = training._assign(torch.from_numpy(points.astype(np.float32)), found)
+    counts = torch.bincount(codes, minlength=20)
+    assert int(counts.min()) >= 0.02 * 3003 / 20
 
 
 def test_chunks_change_nothing(monkeypatch):
