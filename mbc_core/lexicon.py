@@ -98,10 +98,11 @@ class Lexicon:
             DamagedFile: an id that this lexicon does not have.
         """
         codes = [int(code) for code in ids]
-        if codes and (min(codes) < 0 or max(codes) >= len(self)):
+        unknown = next((code for code in codes if not 0 <= code < len(self)), None)
+        if unknown is not None:
             raise DamagedFile(
                 "a word code is not in the lexicon",
-                value=max(codes),
+                value=unknown,
                 cause=f"this lexicon has codes 0 to {len(self) - 1}; the row is damaged or of another lexicon",
                 fix="read the bank with the lexicon its manifest names, and run `mbc inspect --verify`",
             )

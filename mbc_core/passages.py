@@ -47,13 +47,11 @@ def split_passages(text: str, count_pieces: Callable[[str], int], max_pieces: in
         return []
     if count_pieces(text) <= max_pieces:
         return [text]
-    units: list[str] = []
-    for sentence in _sentences(text):
-        units += _fit(sentence, count_pieces, max_pieces)
-    sizes = [count_pieces(unit) for unit in units]
-    ends = _pack(sizes, _even_limit(sizes, max_pieces))
-    passages = ["".join(units[start:end]) for start, end in itertools.pairwise([0, *ends])]
-    return [part for passage in passages for part in _fit(passage, count_pieces, max_pieces)]
+    units = [unit for sentence in _sentences(text) for unit in _fit(sentence, count_pieces, max_pieces)]
+    sizes = [size for _, size in units]
+    passages = _join(units, _pack(sizes, _even_limit(sizes, max_pieces)))
+    # With some tokenizers a whole has more pieces than its parts together: such a passage is cut once more.
+    return [part for passage in passages for part, _ in _halve(passage, count_pieces, max_pieces)]
 
 
 def _sentences(text: str) -> list[str]:
@@ -75,26 +73,29 @@ def _goes_on(text: str, end: re.Match[str]) -> bool:
     return text[end.end()].islower() or abbreviated
 
 
-def _fit(part: str, count_pieces: Callable[[str], int], max_pieces: int) -> list[str]:
-    """``part`` itself, or the fewest slices of it that fit."""
-    if count_pieces(part) <= max_pieces:
-        return [part]
+def _fit(part: str, count_pieces: Callable[[str], int], max_pieces: int) -> list[tuple[str, int]]:
+    """``part`` itself, or slices of it that fit, cut at spaces where it has any; each with its number of pieces."""
+    size = count_pieces(part)
+    if size <= max_pieces:
+        return [(part, size)]
     words = _SPACED.findall(part)
     if len(words) <= 1:
         return _halve(part, count_pieces, max_pieces)
-    units = [piece for word in words for piece in _fit(word, count_pieces, max_pieces)]
-    sizes = [count_pieces(unit) for unit in units]
-    ends = _pack(sizes, max_pieces)
-    parts = ["".join(units[start:end]) for start, end in itertools.pairwise([0, *ends])]
-    # Pieces of a whole may outnumber the sum of its parts' with some tokenizers: then cut once more.
-    return [half for slice_ in parts for half in _halve(slice_, count_pieces, max_pieces)]
+    units = [unit for word in words for unit in _fit(word, count_pieces, max_pieces)]
+    slices = _join(units, _pack([size for _, size in units], max_pieces))
+    return [half for one in slices for half in _halve(one, count_pieces, max_pieces)]
 
 
-def _halve(part: str, count_pieces: Callable[[str], int], max_pieces: int) -> list[str]:
-    if len(part) <= 1 or count_pieces(part) <= max_pieces:
-        return [part]
+def _halve(part: str, count_pieces: Callable[[str], int], max_pieces: int) -> list[tuple[str, int]]:
+    size = count_pieces(part)
+    if len(part) <= 1 or size <= max_pieces:
+        return [(part, size)]
     middle = len(part) // 2
     return _halve(part[:middle], count_pieces, max_pieces) + _halve(part[middle:], count_pieces, max_pieces)
+
+
+def _join(units: Sequence[tuple[str, int]], ends: Sequence[int]) -> list[str]:
+    return ["".join(unit for unit, _ in units[start:end]) for start, end in itertools.pairwise([0, *ends])]
 
 
 def _pack(sizes: Sequence[int], limit: int) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,6 +14,7 @@ import torch
 from tokenizers import Encoding, Tokenizer
 from torch import Tensor
 from transformers import AutoModel, PreTrainedModel
+from transformers.utils import logging
 
 from mbc_core.encoder.batches import MAX_TOKENS, Batch, plan_batches, token_matrix
 from mbc_core.encoder.salience_head import SalienceHead, word_scores
@@ -105,12 +106,13 @@ class PassageEncoder:
         chosen = resolve_precision(precision, device)
         digest = model_digest(model_dir)
         head = SalienceHead.load(salience, digest) if salience is not None else None
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # a second needs no bar
         try:
-            # transformers 5.17 to 5.23 both ship Tokenizer files as they are; the fast tokenizer needs no wrapper.
             tokenizer = Tokenizer.from_file(str(model_dir / "tokenizer.json"))
-            model = AutoModel.from_pretrained(
-                model_dir, dtype=_DTYPES[chosen], attn_implementation="sdpa", local_files_only=True
-            )
+            model, found = AutoModel.from_pretrained(
+                model_dir, dtype=_DTYPES[chosen], attn_implementation="sdpa", local_files_only=True,
+                output_loading_info=True,
+            )  # fmt: skip
         except Exception as error:  # tokenizers and safetensors raise bare Exceptions
             raise DamagedFile(
                 "the encoder's files cannot be read",
@@ -118,6 +120,7 @@ class PassageEncoder:
                 cause=str(error).splitlines()[0] if str(error) else type(error).__name__,
                 fix="delete the folder and fetch the model again (`mbc demo` does it)",
             ) from error
+        _require_weights(found["missing_keys"], model_dir)
         tokenizer.no_padding()
         tokenizer.no_truncation()
         if head is not None:
@@ -236,6 +239,18 @@ def _cpu_has_bfloat16() -> bool:
         abilities = torch.cpu.get_capabilities()
         return any(abilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return bool(torch.cpu._is_avx512_bf16_supported())
+
+
+def _require_weights(missing: Iterable[str], model_dir: Path) -> None:
+    """transformers fills missing weights with random numbers; only a pooler, which is not used, may be missing."""
+    needed = sorted(name for name in missing if not name.startswith("pooler."))
+    if needed:
+        raise DamagedFile(
+            "the encoder's weights are incomplete",
+            value=needed,
+            cause=f"{model_dir / 'model.safetensors'} is of another model than its config.json",
+            fix="delete the folder and fetch the model again",
+        )
 
 
 def model_digest(model_dir: Path) -> str:

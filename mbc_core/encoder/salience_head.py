@@ -8,22 +8,20 @@ and its score is p(answer) + ½ · p(question).
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mbc_core.errors import DamagedFile, ModelError
+from mbc_core.codebook.files import damaged, read_tensors, write_tensors
+from mbc_core.errors import ModelError
 
-FORMAT = "mbc-salience-1"
+FORMAT = "mbc-salience/1"
 QUESTION_WEIGHT = 0.5
 
 
@@ -83,10 +81,10 @@ class SalienceHead(nn.Module):
     def save(self, path: Path, encoder_digest: str) -> str:
         """Write float16 safetensors for the encoder with this digest; returns the file's sha256 (hex)."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        tensors = {name: tensor.detach().to("cpu", torch.float16) for name, tensor in self.state_dict().items()}
-        metadata = {"format": FORMAT, "encoder": encoder_digest, "shape": json.dumps(asdict(self.shape))}
-        save_file(tensors, path, metadata=metadata)
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        tensors = {name: tensor.detach().to("cpu", torch.float16).numpy() for name, tensor in self.state_dict().items()}
+        stored = write_tensors(tensors, {"format": FORMAT, "encoder": encoder_digest, "shape": asdict(self.shape)})
+        path.write_bytes(stored)
+        return hashlib.sha256(stored).hexdigest()
 
     @classmethod
     def load(cls, path: Path, encoder_digest: str) -> SalienceHead:
@@ -94,11 +92,18 @@ class SalienceHead(nn.Module):
 
         Raises:
             ModelError: no such file, or made for another encoder.
-            DamagedFile: not a salience head, or tensors missing or of the wrong shape.
+            DamagedFile: not a salience head, or tensors missing, unexpected or of the wrong shape.
         """
-        metadata, tensors = _read(path)
-        if metadata.get("format") != FORMAT:
-            raise _damaged(path, f"its format is {metadata.get('format')!r}, this release reads {FORMAT!r}")
+        try:
+            stored = path.read_bytes()
+        except OSError as error:
+            raise ModelError(
+                "the salience head cannot be read",
+                value=str(path),
+                cause=error.strerror or str(error),
+                fix="reinstall the package, or make one with `mbc train salience`",
+            ) from error
+        tensors, metadata = read_tensors(stored, str(path), FORMAT)
         if metadata.get("encoder") != encoder_digest:
             raise ModelError(
                 "the salience head was trained for another encoder",
@@ -107,11 +112,11 @@ class SalienceHead(nn.Module):
                 fix="train one for this encoder with `mbc train salience`, or use a profile without word codes",
             )
         try:
-            fields = json.loads(metadata["shape"])
+            fields = metadata["shape"]
             head = cls(SalienceShape(**{**fields, "layers": tuple(fields["layers"])}))
-            head.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+            head.load_state_dict({name: torch.from_numpy(tensor).float() for name, tensor in tensors.items()})
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise _damaged(path, str(error)) from error
+            raise damaged(str(path), error) from error
         return head.eval()
 
 
@@ -167,27 +172,3 @@ def word_scores(
 
 def _sigmoid(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     return np.asarray(1.0 / (1.0 + np.exp(-np.clip(x, -60.0, 60.0))))
-
-
-def _read(path: Path) -> tuple[Mapping[str, str], dict[str, Tensor]]:
-    try:
-        with safe_open(path, framework="pt") as stored:
-            return stored.metadata() or {}, {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-    except FileNotFoundError as error:
-        raise ModelError(
-            "the salience head is missing",
-            value=str(path),
-            cause="the package's weights were not installed, or the path is wrong",
-            fix="reinstall the package, or make one with `mbc train salience`",
-        ) from error
-    except (SafetensorError, OSError) as error:
-        raise _damaged(path, str(error)) from error
-
-
-def _damaged(path: Path, cause: str) -> DamagedFile:
-    return DamagedFile(
-        "the salience head's file is damaged",
-        value=str(path),
-        cause=cause,
-        fix="restore the file (reinstall the package, or copy it again from where it was trained)",
-    )

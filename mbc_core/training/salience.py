@@ -12,7 +12,7 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
@@ -30,7 +30,7 @@ from mbc_core.encoder.salience_head import QUESTION_WEIGHT, SalienceShape
 from mbc_core.errors import UsageError
 from mbc_core.lexicon import Lexicon
 from mbc_core.training.data import TrainingPassage, cut_passages
-from mbc_core.training.frozen_states import FrozenStates, epoch_batches, word_logits
+from mbc_core.training.frozen_states import FrozenStates, SalienceBatch, epoch_batches, word_logits
 from mbc_core.training.word_targets import share_kept_whole
 
 BUDGETS = (12, 24, 41, 64)
@@ -183,7 +183,7 @@ class _Run:
         (self.out_dir / "salience.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
         return card
 
-    def _batches(self) -> Any:  # noqa: ANN401 (a generator of int64 arrays)
+    def _batches(self) -> Iterator[npt.NDArray[np.int64]]:
         epoch, seen = 0, 0
         while True:
             for places in epoch_batches(self.states.lengths, self.recipe.batch, self.recipe.seed, epoch):
@@ -201,6 +201,7 @@ class _Run:
         rate = recipe.learning_rate * 0.5 * (1 + math.cos(math.pi * done)) * min(1.0, (self.step + 1) / recipe.warm_up)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        torch.manual_seed(recipe.seed * 1_000_003 + self.step)  # dropout, too, depends on (seed, step) alone
         batch = self.states.batch(places)
         self.head.train()
         loss = _loss(self._logits(batch), batch.targets, batch.is_word)
@@ -210,7 +211,7 @@ class _Run:
         self.optimizer.step()
         return loss.detach()
 
-    def _logits(self, batch: Any) -> Tensor:  # noqa: ANN401
+    def _logits(self, batch: SalienceBatch) -> Tensor:
         kind = torch.device(self.device).type
         with torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda"):
             states = batch.states if kind == "cuda" else [state.float() for state in batch.states]
@@ -261,12 +262,16 @@ class _Run:
         fresh.replace(self.checkpoint)
 
     def _load(self) -> None:
-        with safe_open(self.checkpoint, framework="pt", device=self.device) as stored:
-            metadata = stored.metadata()
-            if metadata.get("run") != self._fingerprint():
-                self.log(f"{self.checkpoint.name} is of another recipe or other passages: starting anew")
-                return
-            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+        try:
+            with safe_open(self.checkpoint, framework="pt", device=self.device) as stored:
+                metadata = stored.metadata() or {}
+                tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            self.log(f"{self.checkpoint.name} cannot be read ({error}): starting anew")
+            return
+        if metadata.get("run") != self._fingerprint():
+            self.log(f"{self.checkpoint.name} is of another recipe or other passages: starting anew")
+            return
         self.step, self.spent = int(metadata["step"]), float(metadata["spent"])
         self.curve = json.loads(metadata["curve"])
         self.head.load_state_dict(_under("head.", tensors))

@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import gzip
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mbc_core import weights
+from mbc_core.errors import DamagedFile, ModelError
+from mbc_core.lexicon import FORMAT, VOCABULARY, Lexicon
+
+SHIPPED = Lexicon.load(weights.path("lexicon.json.gz"))
+WORDS = st.lists(st.text(st.characters(exclude_categories=["Z", "C"]), min_size=1, max_size=12), max_size=12)
+
+
+def codes_of(lexicon: Lexicon, words: list[str]) -> list[int]:
+    return [code for codes in lexicon.encode_words(words) for code in codes]
+
+
+def test_codes_of_a_typed_out_lexicon():
+    """Bytes come first in the order of their symbols: "!" is 0, "a" is 64, the space ("Ġ") 220."""
+    lexicon = Lexicon([("Ġ", "a"), ("Ġa", "b"), ("b", "c")])
+    assert lexicon.encode_words(["ab", "abc", "bc", ""]) == [[257], [257, 66], [220, 258], []]
+    assert lexicon.decode([257, 66, 256]) == "abc a"
+    assert len(lexicon) == 259
+
+
+def test_two_merges_that_spell_the_same_share_an_entry():
+    lexicon = Lexicon([("a", "b"), ("b", "c"), ("ab", "c"), ("a", "bc")])
+    assert len(lexicon) == 259
+
+
+@given(WORDS)
+def test_the_shipped_lexicon_gives_back_any_words(words):
+    assert SHIPPED.decode(codes_of(SHIPPED, words)) == " ".join(words)
+
+
+@given(WORDS)
+def test_a_word_has_the_same_codes_in_any_company(words):
+    together = Lexicon.load(weights.path("lexicon.json.gz")) if not words else SHIPPED
+    assert together.encode_words(words) == [SHIPPED.encode_words([word])[0] for word in words]
+
+
+def test_the_shipped_lexicon_is_the_one_its_card_describes():
+    card = json.loads(weights.path("lexicon.card.json").read_text())
+    assert (card["digest"], card["entries"]) == (SHIPPED.digest, len(SHIPPED))
+    assert len(SHIPPED) == VOCABULARY == 61_440
+    assert max(codes_of(SHIPPED, ["Saturday", "zqxj", "漢字", "24–10"])) < VOCABULARY
+
+
+def test_common_words_are_one_code_each():
+    words = ["president", "2019", "London", "million", "U.S", "government"]
+    assert [len(codes) for codes in SHIPPED.encode_words(words)] == [1] * 6
+
+
+@pytest.mark.parametrize("name", ["lexicon.json", "lexicon.json.gz"])
+def test_a_saved_lexicon_is_equal(tmp_path, name):
+    lexicon = Lexicon([("Ġ", "a"), ("é".encode().decode("latin-1")[0], "a")])
+    lexicon.save(tmp_path / name)
+    again = Lexicon.load(tmp_path / name)
+    assert again.digest == lexicon.digest
+    again.save(tmp_path / f"2{name}")
+    assert (tmp_path / name).read_bytes() == (tmp_path / f"2{name}").read_bytes()
+
+
+def test_other_merges_give_another_digest():
+    assert Lexicon([("a", "b")]).digest != Lexicon([("b", "a")]).digest
+
+
+def test_memory_of_known_words_is_bounded(monkeypatch):
+    monkeypatch.setattr("mbc_core.lexicon._REMEMBERED", 3)
+    lexicon = Lexicon([])
+    for number in range(20):
+        assert len(lexicon.encode_words([f"w{number}", "w0"])[1]) == 3
+        assert len(lexicon._known) <= 5
+
+
+@pytest.mark.parametrize("code", [-1, 256])
+def test_an_unknown_code_is_named(code):
+    with pytest.raises(DamagedFile, match=rf"a word code is not in the lexicon: {code}.*codes 0 to 255"):
+        Lexicon([]).decode([5, code])
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ModelError, match=r"the lexicon cannot be read.*none\.json.*No such file"):
+        Lexicon.load(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize(
+    ("content", "cause"),
+    [
+        (b"{", "Expecting property name"),
+        (b"\xff", "decode"),
+        (b"[]", "list indices"),
+        (json.dumps({"format": "other-2", "merges": []}).encode(), "format 'other-2', this release reads"),
+        (json.dumps({"format": FORMAT, "merges": ["a b", "x yz"]}).encode(), "merge 'x' [+] 'yz' does not follow"),
+        (json.dumps({"format": FORMAT, "merges": ["ab"]}).encode(), "unpack"),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path, content, cause):
+    (tmp_path / "lexicon.json").write_bytes(content)
+    with pytest.raises(DamagedFile, match=f"the lexicon file is damaged.*{cause}"):
+        Lexicon.load(tmp_path / "lexicon.json")
+
+
+@pytest.mark.parametrize("cut", [0, 10, 200])
+def test_a_truncated_gzip_is_named(tmp_path, cut):
+    stored = weights.path("lexicon.json.gz").read_bytes()
+    (tmp_path / "lexicon.json.gz").write_bytes(stored[:cut] if cut else b"no gzip at all")
+    with pytest.raises(DamagedFile, match="the lexicon file is damaged"):
+        Lexicon.load(tmp_path / "lexicon.json.gz")
+
+
+def test_a_flipped_byte_is_noticed(tmp_path):
+    stored = bytearray(weights.path("lexicon.json.gz").read_bytes())
+    stored[len(stored) // 2] ^= 0x10
+    (tmp_path / "lexicon.json.gz").write_bytes(bytes(stored))
+    with pytest.raises(DamagedFile, match="the lexicon file is damaged"):
+        Lexicon.load(tmp_path / "lexicon.json.gz")
+
+
+def test_more_entries_than_codes_are_refused(tmp_path):
+    merges = [f"{left} {right}" for left in "abcdefghijklmnopqrstuvwxyz" for right in "abcdefghijklmnopqrstuvwxyz"]
+    pairs = ["".join(merge.split()) for merge in merges]
+    more = [f"{left} {right}" for left in pairs for right in pairs[:100]]
+    (tmp_path / "big.json").write_text(json.dumps({"format": FORMAT, "merges": merges + more}))
+    with pytest.raises(DamagedFile, match="word codes stop at 61439"):
+        Lexicon.load(tmp_path / "big.json")
+
+
+def test_gzip_holds_plain_json():
+    fields = json.loads(gzip.decompress(weights.path("lexicon.json.gz").read_bytes()))
+    assert fields["format"] == FORMAT
