@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,10 @@ from pipelines.transforms import Encode, Quantize, UpdateCodebook, WriteCodes
 
 LOCAL_RUNNER = "FnApiRunner"
 """Pinned: plain DirectRunner would try to download another engine first."""
+
+
+_STEP = re.compile(r" \[while running '[^']*'\]\.?")
+"""What Beam appends to a worker's message."""
 
 
 @dataclass(frozen=True)
@@ -114,8 +119,8 @@ def run(pipeline: beam.Pipeline) -> None:
         result = pipeline.run()
         if result is not None:  # a dry run has no result
             result.wait_until_finish()
-    except MbcError:
-        raise
+    except MbcError as error:
+        raise _with_message(type(error), _STEP.sub("", str(error))) from error
     except Exception as error:
         found = error_of(str(error))
         if found is None:
@@ -123,14 +128,28 @@ def run(pipeline: beam.Pipeline) -> None:
         raise found from error
 
 
+class _NoExpectedTracebacks(logging.Filter):
+    """Our own errors are raised with all they have to say; Beam need not print their tracebacks too."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not (record.exc_info and isinstance(record.exc_info[1], MbcError))
+
+
+logging.getLogger("apache_beam.runners.common").addFilter(_NoExpectedTracebacks())
+
+
 def error_of(traceback: str) -> MbcError | None:
     """The error of our family that a worker's traceback ends with: runners pass on nothing but text."""
-    found = re.findall(r"^mbc_core\.errors\.(\w+): (.*?)(?: \[while running .*)?$", traceback, re.MULTILINE)
+    found = re.findall(r"^mbc_core\.errors\.(\w+): (.*)$", traceback, re.MULTILINE)
     if not found:
         return None
     name, message = found[-1]
-    kind = getattr(errors, name, MbcError)
-    rebuilt: MbcError = kind.__new__(kind)
+    return _with_message(getattr(errors, name, MbcError), _STEP.sub("", message))
+
+
+def _with_message(kind: type[MbcError], message: str) -> MbcError:
+    """An error whose message is complete already."""
+    rebuilt = kind.__new__(kind)
     Exception.__init__(rebuilt, message)
     rebuilt.thing, rebuilt.value, rebuilt.cause, rebuilt.fix = message, None, "", ""
     return rebuilt

@@ -250,7 +250,7 @@ class _SliceRunner:
         if rows.num_rows:
             path = one.path.with_suffix(".batches")
             with staging_errors(path):
-                staged = StagedBatches.write(path, rows)
+                staged = StagedBatches.write(path, rows, self._settings.batch_documents)
             pipeline = beam.Pipeline(options=options_of(self._beam_args))
             build_slice(pipeline, staged, tallies, self._job, share)
             run(pipeline)

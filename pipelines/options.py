@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from mbc_core.errors import UsageError
 from pipelines.encoding import MINILM, SHIPPED, EncoderSource, EncoderSpec
 from pipelines.plan import SLICE_DOCUMENTS
+from pipelines.read import BATCH_DOCUMENTS
 from pipelines.sink import REPLAY_PER_WINDOW
 from pipelines.windows import parse_length
 from schemas.manifest import PROFILES, Profile
@@ -32,6 +33,7 @@ class IngestSettings:
         device: ``cpu``, ``cuda`` or ``auto``. precision: ``auto``, ``float32`` or ``bfloat16``; ``auto`` takes the
             bank's, or what the machine computes natively for a new bank.
         slice_documents: most documents of a slice. shards: files a table and commit (distributed runs).
+        batch_documents: most documents an encoder call takes; codes do not depend on it.
         keep_text: store texts too, compressed.
         replay_per_window: most question-answer rows that a window keeps for adaptation.
         staging: folder for the texts of a run; the system's temporary folder when None.
@@ -46,6 +48,7 @@ class IngestSettings:
     precision: str = "auto"
     slice_documents: int = SLICE_DOCUMENTS
     shards: int = 1
+    batch_documents: int = BATCH_DOCUMENTS
     keep_text: bool = False
     replay_per_window: int = REPLAY_PER_WINDOW
     staging: Path | None = None
@@ -55,7 +58,7 @@ class IngestSettings:
     update_rule: UpdateRule | None = None
 
     def __post_init__(self) -> None:
-        for name in ("slice_documents", "shards"):
+        for name in ("slice_documents", "batch_documents", "shards"):
             if getattr(self, name) < 1:
                 raise UsageError(f"`{name}` must be at least 1", value=getattr(self, name), fix="give a larger number")
         if self.profile is not None and self.profile not in PROFILES:

@@ -249,7 +249,7 @@ def test_a_killed_run_leaves_nothing_for_long(tmp_path):
 
 def test_a_full_disk_is_said_plainly(tmp_path):
     with (
-        pytest.raises(StorageError, match="Likely cause: the disk is full. Fix: free some space"),
+        pytest.raises(StorageError, match=r"Likely cause: the disk is full\. Fix: free some space"),
         staging_errors(tmp_path),
     ):
         raise OSError(28, "No space left on device")

@@ -96,12 +96,12 @@ def settings(folder: Path, **changes) -> IngestSettings:
     return replace(plain, **changes)
 
 
-def corpus(count: int, days: int = 9, start: int = 0) -> list[Document]:
+def corpus(count: int, start: int = 0) -> list[Document]:
     """Documents whose words drift from day to day; every seventh has no date."""
     found = []
     for number in range(start, start + count):
         draw = np.random.default_rng(number)
-        day = number * days // (start + count)
+        day = number // 17
         words = [f"Word{int(one)}" for one in draw.integers(day * 20, day * 20 + 60, size=draw.integers(5, 40))]
         text = " ".join(words[:9]) + ". " + " ".join(words[9:]) + "."
         time = None if number % 7 == 0 else (day * 86_400 + int(draw.integers(0, 86_400))) * 1_000_000
