@@ -21,17 +21,8 @@ from mbc_core.lexicon import Lexicon
 from mbc_core.reader.kv_lora import KVLoraConfig, add_kv_lora, save_adapter
 from mbc_core.reader.language_model import LanguageModel
 from mbc_core.reader.prompt import PromptFormat
-from mbc_core.training.loop import (
-    Clock,
-    MicroBatch,
-    Schedule,
-    Trainer,
-    load_checkpoint,
-    micro_batches,
-    prefetched,
-    save_checkpoint,
-    steps_of,
-)
+from mbc_core.training.batches import MicroBatch, micro_batches, prefetched, steps_of
+from mbc_core.training.loop import Clock, Schedule, Trainer, load_checkpoint, save_checkpoint
 from mbc_core.training.prepared import Prepared, load_prepared
 from mbc_core.training.samples import Mixture, SampleSource, build_source, distractors
 

@@ -7,7 +7,7 @@ resumed run goes on with the very same samples.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,10 +17,10 @@ from mbc_core.errors import UsageError
 from mbc_core.evaluation.cloze import make_cloze
 from mbc_core.lexicon import Lexicon
 from mbc_core.reader.prompt import PromptFormat
+from mbc_core.training.batches import Composed, Int64, Ragged, spread
 from mbc_core.training.prepared import Prepared
 
 Int32 = NDArray[np.int32]
-Int64 = NDArray[np.int64]
 _NEVER = np.iinfo(np.uint16).max
 _CANDIDATES = 24
 
@@ -51,35 +51,6 @@ class Mixture:
     hardest: float = 0.7
     text_tokens: int = 256
     max_tokens: int = 832
-
-
-@dataclass(frozen=True, slots=True)
-class Ragged:
-    """Lists of token ids in one array: list i is ``values[starts[i]:starts[i] + lengths[i]]``."""
-
-    values: Int32
-    starts: Int64
-    lengths: Int64
-
-    @classmethod
-    def of(cls, lists: Sequence[Sequence[int]]) -> Ragged:
-        """Pack Python lists."""
-        lengths = np.fromiter((len(one) for one in lists), dtype=np.int64, count=len(lists))
-        values = np.fromiter((one for row in lists for one in row), dtype=np.int32, count=int(lengths.sum()))
-        return cls(values, np.cumsum(lengths) - lengths, lengths)
-
-
-@dataclass(frozen=True, slots=True)
-class Composed:
-    """Prompts with answers, ready for batches.
-
-    Attributes:
-        tokens: prompt and answer ids of each sample.
-        answer_lengths: int64 [n], how many of the last ids are the answer.
-    """
-
-    tokens: Ragged
-    answer_lengths: Int64
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,12 +158,12 @@ class SampleSource:
             - np.repeat(np.cumsum(memory) - memory, np.bincount(owner, minlength=len(question)))
         )
         line_at = begin[owner] + len(self.start) + before
-        out[_spread(line_at, lengths)] = lines
+        out[spread(line_at, lengths)] = lines
         for offset, one in enumerate(self.newline):
             out[line_at + lengths + offset] = one
         at = begin + len(self.start) + memory
-        out[_spread(at, asked)] = self.questions.values[_spread(self.questions.starts[question], asked)]
-        out[_spread(at + asked, answer)] = self.answers.values[_spread(self.answers.starts[question], answer)]
+        out[spread(at, asked)] = self.questions.values[spread(self.questions.starts[question], asked)]
+        out[spread(at + asked, answer)] = self.answers.values[spread(self.answers.starts[question], answer)]
         return Composed(Ragged(out, begin, total), answer)
 
     def _line_tokens(self, row: Int64, budget: Int64, as_text: NDArray[np.bool_]) -> tuple[Int32, Int64]:
@@ -304,7 +275,7 @@ def _tokenise_words(
     kept = enters != _NEVER
     word, passage, enters = word[kept], passage[kept], enters[kept]
     counts = tokens.lengths[word]
-    values = tokens.values[_spread(tokens.starts[word], counts)]
+    values = tokens.values[spread(tokens.starts[word], counts)]
     total = np.bincount(passage, weights=counts, minlength=len(lengths)).astype(np.int64)
     return Ragged(values, np.cumsum(total) - total, total), np.repeat(enters, counts)
 
@@ -339,12 +310,6 @@ def _cloze_questions(data: Prepared, texts: list[str], each: int, seed: int) -> 
             if cloze is not None:
                 made.setdefault((cloze[0], row), cloze[1])
     return [(question, answer, row) for (question, row), answer in made.items()]
-
-
-def _spread(starts: Int64, lengths: Int64) -> Int64:
-    """Indices starts[0], starts[0]+1, …, for lengths[0] of them, then the same for each next run."""
-    skipped = np.cumsum(lengths) - lengths
-    return np.repeat(starts - skipped, lengths) + np.arange(int(lengths.sum()))
 
 
 def _fits(owner: Int64, lengths: Int64, is_true: NDArray[np.bool_], room: Int64) -> NDArray[np.bool_]:
