@@ -141,7 +141,7 @@ class _Run:
         for places in self._batches():
             self.spent = before + time.monotonic() - began
             done = self._share_done()
-            if done >= 1.0:
+            if done >= 1.0 and self.step:
                 break
             losses.append(self._learn(places, done))
             self.step += 1
@@ -153,7 +153,7 @@ class _Run:
                 self._save()
             if progress is not None:
                 progress(self.step, recipe.steps)
-        if losses:
+        if losses:  # the last steps were not measured yet
             self._evaluate(float(torch.stack(losses).mean()))
         self._save()
 
