@@ -92,15 +92,19 @@ class EncoderSpec:
 
 
 def resolve(reference: str) -> Path:
-    """``weights:name``, ``asset:minilm`` or a path → a path on this machine."""
+    """``weights:name``, ``asset:minilm`` or a path → a path on this machine.
+
+    Raises:
+        ModelError: this installation lacks the weight file.
+        AssetError: the model cannot be fetched.
+    """
+    from mbc_core import defaults
+    from mbc_core.assets import ASSETS, ensure
+
     if reference.startswith(SHIPPED):
-        from mbc_core import weights
-
-        return weights.path(reference.removeprefix(SHIPPED))
+        return defaults.shipped(reference.removeprefix(SHIPPED))
     if reference == MINILM:
-        from mbc_core.assets import Assets
-
-        return Assets.ensure().minilm
+        return ensure("minilm") / ASSETS["minilm"].inside
     return Path(reference)
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions
+from apache_beam.runners.runner import PipelineResult
 
 from mbc_core import errors
 from mbc_core.bank import Bank, SliceId
@@ -109,16 +110,15 @@ def options_of(beam_args: Sequence[str]) -> PipelineOptions:
     return PipelineOptions([*beam_args, *([] if named else [f"--runner={LOCAL_RUNNER}"])])
 
 
-def run(pipeline: beam.Pipeline) -> None:
-    """Run to the end.
+def run(pipeline: beam.Pipeline) -> PipelineResult:
+    """Run to the end; a dry run returns at once.
 
     Raises:
         MbcError: of the kind a worker raised, with its message; anything else as it comes.
     """
     try:
         result = pipeline.run()
-        if result is not None:  # a dry run has no result
-            result.wait_until_finish()
+        result.wait_until_finish()
     except MbcError as error:
         raise _with_message(type(error), _STEP.sub("", str(error))) from error
     except Exception as error:
@@ -126,6 +126,7 @@ def run(pipeline: beam.Pipeline) -> None:
         if found is None:
             raise
         raise found from error
+    return result
 
 
 class _NoExpectedTracebacks(logging.Filter):

@@ -30,10 +30,10 @@ from mbc_core.bank.codebooks import version_rows
 from mbc_core.codebook.files import Codebook
 from mbc_core.codes import Rotation
 from mbc_core.errors import MbcError, UsageError
+from mbc_core.windows import DAY
 from pipelines.encoding import EncoderSource, acquire, resolve, resolve_device
 from pipelines.graph import Job, Share, build_distributed, build_slice, options_of, run
 from pipelines.options import (
-    DAY,
     IngestSettings,
     codebook_of,
     encoder_of,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mbc_core.defaults import LEXICON, ROTATION, SALIENCE
 from mbc_core.errors import UsageError
 from pipelines.encoding import MINILM, SHIPPED, EncoderSource, EncoderSpec
 from pipelines.plan import SLICE_DOCUMENTS
@@ -18,8 +19,6 @@ from schemas.manifest import PROFILES, Profile
 
 if TYPE_CHECKING:
     from mbc_core.codebook.update import UpdateRule
-
-DAY = 86_400
 
 
 @dataclass(frozen=True)
@@ -76,24 +75,17 @@ def encoder_of(settings: IngestSettings, profile: Profile, device: str, precisio
         return settings.encoder
     if not profile.words:
         return EncoderSpec(MINILM, None, None, precision, device)
-    lexicon = next((name for name in ("lexicon.json.gz", "lexicon.json") if _shipped(name)), "lexicon.json.gz")
-    return EncoderSpec(MINILM, f"{SHIPPED}salience.safetensors", f"{SHIPPED}{lexicon}", precision, device)
+    return EncoderSpec(MINILM, f"{SHIPPED}{SALIENCE}", f"{SHIPPED}{LEXICON}", precision, device)
 
 
 def rotation_of(settings: IngestSettings) -> str:
     """Reference to the rotation's file."""
-    return settings.rotation or f"{SHIPPED}rotation.safetensors"
+    return settings.rotation or f"{SHIPPED}{ROTATION}"
 
 
 def codebook_of(settings: IngestSettings, profile: Profile) -> str:
     """Reference to the file of codebook version 0."""
     return settings.codebook or f"{SHIPPED}codebook_t{profile.slots}.safetensors"
-
-
-def _shipped(name: str) -> bool:
-    from mbc_core import weights
-
-    return weights.path(name).exists()
 
 
 @dataclass(frozen=True)

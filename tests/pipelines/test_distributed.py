@@ -1,0 +1,139 @@
+"""The same graph on runners with many workers: it reads its own sources, and Dataflow's translation accepts it."""
+
+from __future__ import annotations
+
+import json
+
+import apache_beam as beam
+import pytest
+from apache_beam.options.pipeline_options import GoogleCloudOptions, StandardOptions, WorkerOptions
+from oracle import empty_bank, held, plain_loop
+from tiny import POISON, RULE, TinySpec, corpus, rotation, settings, to_line, write_corpus
+
+from mbc_core.bank import SliceId
+from mbc_core.errors import UsageError
+from pipelines import ingest as ingest_module
+from pipelines.graph import Job, Share, build_distributed, options_of, run
+from pipelines.ingest import run_ingest
+from pipelines.plain import EncodeRule
+from pipelines.sources import find_sources
+from schemas.document import Document
+
+DATAFLOW = [
+    "--runner=DataflowRunner",
+    "--dry_run=True",
+    "--project=some-project",
+    "--region=europe-west4",
+    "--temp_location=gs://some-bucket/tmp",
+    "--staging_location=gs://some-bucket/staging",
+    "--job_name=mbc-ingest",
+    "--sdk_container_image=gcr.io/some-project/mbc:1",
+    "--sdk_location=container",
+    "--max_num_workers=7",
+    "--dataflow_service_options=worker_accelerator=type:nvidia-tesla-t4;count:1;install-nvidia-driver",
+]
+
+
+def job_of(bank, shards=2) -> Job:
+    return Job(bank, TinySpec(), rotation(), EncodeRule(words=24), RULE, shards)
+
+
+def distributed(bank, sources, ingest_id="far"):
+    with_options = beam.Pipeline(options=options_of([]))
+    share = Share(SliceId.begin(ingest_id, "all"))
+    build_distributed(with_options, find_sources([str(one) for one in sources]).sources, job_of(bank), share)
+    run(with_options)
+
+
+def test_reading_by_workers_gives_the_plain_loops_bank(tmp_path):
+    documents = corpus(120)
+    write_corpus(tmp_path / "a.jsonl", documents[:50])
+    write_corpus(tmp_path / "b.jsonl", documents[50:])
+    bank = empty_bank(tmp_path / "bank", settings(tmp_path / "w"))
+    distributed(bank, [tmp_path / "*.jsonl"])
+    expected = plain_loop(documents)
+    found = held(bank)
+    assert found.codes == expected.codes
+    assert found.digests == expected.digests
+    assert len(bank.files("codes")) == 2, "two shards, one commit"
+    assert bank.table("codes").version() == 1
+
+
+def test_counts_add_up_when_workers_judge(tmp_path):
+    known, newest = corpus(10), Document("twice", "Newest.", event_time=9_000_000)
+    bank = empty_bank(tmp_path / "bank", settings(tmp_path / "w"))
+    distributed(bank, [write_corpus(tmp_path / "known.jsonl", known)], "first")
+    lines = [
+        *map(to_line, known),
+        to_line(Document("twice", "Older.", event_time=1_000_000)),
+        to_line(newest),
+        to_line(Document("twice", "Oldest, undated.")),
+        to_line(Document("bad", POISON, event_time=0)),
+        b"no json\n",
+        b'{"id": "x"}\n',
+    ]
+    (tmp_path / "more.jsonl").write_bytes(b"".join(lines))
+    distributed(bank, [tmp_path / "more.jsonl"], "second")
+    rows = [row for row in bank.read("ledger").to_pylist() if row["ingest_id"] == "second"]
+    total = {name: sum(row[name] for row in rows) for name in ("documents_in", "documents", "duplicates", "replaced")}
+    assert total == {"documents_in": 16, "documents": 1, "duplicates": 10, "replaced": 2}
+    letters = [json.loads(row["dead_letters"]) for row in rows]
+    assert sorted(reason for one in letters for reason in one) == ["encode_failed", "no_text", "not_json"]
+    shown = bank.documents([newest.key(bank.manifest.salt)])
+    assert [row["content_hash"] for row in shown.values()] == [newest.content_hash(bank.manifest.salt)]
+    assert bank.read("dead_letter").num_rows == 3
+
+
+def test_a_distributed_run_that_is_finished_is_not_started_again(tmp_path, monkeypatch):
+    given = settings(tmp_path / "w", ingest_id="once")
+    bank = empty_bank(tmp_path / "bank", given)
+    source = write_corpus(tmp_path / "a.jsonl", corpus(10))
+    monkeypatch.setattr(ingest_module, "_LOCAL_RUNNERS", ())
+    results = [run_ingest([source], bank.uri, given, show_progress=False) for _ in range(2)]
+    assert [one["documents"] for one in results] == [10, 10]
+    assert [one["slices_skipped"] for one in results] == [0, 1]
+    assert bank.table("codes").version() == 1
+    with pytest.raises(UsageError, match="standard input cannot be read by distributed workers"):
+        run_ingest(["-"], bank.uri, settings(tmp_path / "w"), show_progress=False)
+
+
+def test_the_name_of_a_distributed_run_follows_its_files(tmp_path):
+    given = settings(tmp_path / "w")
+    sources = find_sources([write_corpus(tmp_path / "a.jsonl", corpus(3))]).sources
+    first = ingest_module._id_from_listing(sources, given)
+    assert ingest_module._id_from_listing(sources, given) == first
+    write_corpus(tmp_path / "a.jsonl", corpus(4))
+    assert ingest_module._id_from_listing(sources, given) != first
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_dataflow_accepts_the_graph_in_a_dry_run(tmp_path):
+    """Built with Dataflow's own overrides; it shows the graph and its options, not that Google runs the job."""
+    bank = empty_bank(tmp_path / "bank", settings(tmp_path / "w"))
+    write_corpus(tmp_path / "a.jsonl", corpus(5))
+    options = options_of(DATAFLOW)
+    assert options.view_as(StandardOptions).runner == "DataflowRunner"
+    pipeline = beam.Pipeline(options=options)
+    share = Share(SliceId.begin("far", "all"))
+    build_distributed(pipeline, find_sources([str(tmp_path / "a.jsonl")]).sources, job_of(bank), share)
+    job = run(pipeline).job
+    cloud, workers = job.options.view_as(GoogleCloudOptions), job.options.view_as(WorkerOptions)
+    assert (cloud.project, cloud.region) == ("some-project", "europe-west4")
+    assert cloud.temp_location.startswith("gs://some-bucket/tmp/mbc-ingest")
+    assert "worker_accelerator=type:nvidia-tesla-t4;count:1;install-nvidia-driver" in cloud.dataflow_service_options
+    assert workers.sdk_container_image == "gcr.io/some-project/mbc:1"
+    assert workers.max_num_workers == 7
+    proto = job.proto_pipeline
+    images = [one.payload.decode("utf-8", "replace") for one in proto.components.environments.values()]
+    assert any("gcr.io/some-project/mbc:1" in one for one in images)
+    names = {one.unique_name for one in proto.components.transforms.values()}
+    for label in (
+        "ReadDocuments/MeetByKey",
+        "Encode/EncodeBatch",
+        "Settle",
+        "UpdateCodebook/WalkWindows",
+        "Quantize/QuantizeBatch",
+        "WriteCodes/GatherShard",
+        "WriteCodes/CommitSlice",
+    ):
+        assert any(one.startswith(label) for one in names), label
