@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import re
+import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +15,9 @@ ROOT = Path(__file__).resolve().parent.parent
 CORE = sorted([*(ROOT / "mbc_core").rglob("*.py"), *(ROOT / "schemas").rglob("*.py")])
 PRODUCT = sorted([*CORE, *(ROOT / "pipelines").rglob("*.py")])
 UNPICKLERS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+PYPROJECT = (ROOT / "pyproject.toml").read_text("utf-8")
+DISTRIBUTION_OF = {"faiss": "faiss-cpu", "apache_beam": "apache-beam"}
+USED_BY_OTHERS = {"gguf"}  # transformers reads GGUF files with it
 LOADERS = {"torch.load", "torch.save", "numpy.load", "np.load", "pandas.read_pickle"}
 
 
@@ -68,3 +74,29 @@ def test_nothing_is_unpickled(path):
 def test_no_bare_asserts_in_product_code(path):
     lines = [node.lineno for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.Assert)]
     assert lines == [], "raise one of mbc_core.errors instead: it survives python -O and tells the reader what to do"
+
+
+def test_the_runtime_imports_exactly_what_it_declares():
+    declared = tomllib.loads(PYPROJECT)["project"]["dependencies"]
+    names = {re.split(r"[<>=\[]", one)[0] for one in declared} - USED_BY_OTHERS
+    ours = {"mbc_core", "schemas", "pipelines"}
+    used = set().union(*(roots(path.read_text("utf-8")) for path in PRODUCT)) - ours - set(sys.stdlib_module_names)
+    assert {DISTRIBUTION_OF.get(name, name) for name in used} == names
+
+
+def test_every_dependency_has_its_reason_beside_it():
+    listed = re.findall(r'^    "[^"]+",(.*)$', PYPROJECT.split("[project.scripts]")[0], re.MULTILINE)
+    reasons = [rest for rest in listed if not rest.strip().startswith("#")]
+    assert len(listed) > 20
+    assert len(reasons) == 3, "only the three classifiers go without a reason"
+
+
+def test_everything_but_torch_is_pinned():
+    lines = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
+    pins = {line.split("==")[0].lower().replace("_", "-") for line in lines if line and not line.startswith("#")}
+    assert all("==" in line for line in lines if line and not line.startswith("#"))
+    project = tomllib.loads(PYPROJECT)["project"]
+    wanted = [*project["dependencies"], *(one for extra in project["optional-dependencies"].values() for one in extra)]
+    names = {re.split(r"[<>=\[]", one)[0].replace("_", "-") for one in wanted} - {"mbc", "torch"}
+    assert names <= pins
+    assert not {"torch", "triton"} & pins
