@@ -1,1 +1,23 @@
-"""The mathematics and the meaning of memory bank compression. Never imports Beam."""
+"""The mathematics and the meaning of memory bank compression. Never imports Beam.
+
+The names below are imported when they are first used, so that `import mbc_core` stays light.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mbc_core.bank import Bank
+    from mbc_core.memory import Memory, Reader
+
+__all__ = ["Bank", "Memory", "Reader"]
+
+_HOMES = {"Bank": "mbc_core.bank", "Memory": "mbc_core.memory", "Reader": "mbc_core.memory"}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

@@ -94,6 +94,13 @@ def add_kv_lora(
     """
     from peft import LoraConfig, get_peft_model
 
+    if hasattr(model, "peft_config"):
+        raise ModelError(
+            "the language model has an adapter already",
+            value=type(model).__name__,
+            cause="the same loaded model was adapted before",
+            fix="load the base model again, or use the model that carries the adapter",
+        )
     config = config or KVLoraConfig()
     targets = resolve_targets(model, config.last_n, names)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
@@ -175,6 +182,15 @@ def load_adapter(model: HfModel, folder: Path, *, base_digest: str | None = None
     adapted = add_kv_lora(model, config)
     set_adapter_state(adapted, _read_weights(folder / WEIGHTS_FILE), str(folder))
     return adapted, config
+
+
+def adapter_base(folder: Path) -> str:
+    """Digest of the base model that the adapter in ``folder`` was trained for.
+
+    Raises:
+        DamagedFile: its configuration cannot be read.
+    """
+    return _read_config(folder)[1]
 
 
 def adapter_state(model: HfModel) -> dict[str, Tensor]:

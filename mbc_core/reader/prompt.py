@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mbc_core.errors import UsageError
-from mbc_core.reader.language_model import HfTokenizer
+from mbc_core.reader.language_model import HfTokenizer, LanguageModel
 
 MAX_PROMPT_TOKENS = 1024
 
@@ -22,6 +22,11 @@ class Prompt:
 
     ids: list[int]
     lines: int
+
+
+def prompt_room(language_model: LanguageModel, new_tokens: int = 14) -> int:
+    """Most tokens of a prompt: what the model's context leaves beside the answer, up to ``MAX_PROMPT_TOKENS``."""
+    return min(MAX_PROMPT_TOKENS, language_model.context - new_tokens)
 
 
 class PromptFormat:

@@ -1,0 +1,385 @@
+"""Ask a bank: recall passages by their codes, put their words before the question, let a language model answer.
+
+>>> from mbc_core import Bank, Reader                                                            # doctest: +SKIP
+>>> Reader(Bank.open("demo-bank")).ask("Which treaty ended the war?").answer                     # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, cast
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from mbc_core import defaults
+from mbc_core.adapters import AdapterRegistry
+from mbc_core.bank import Bank
+from mbc_core.codes import Rotation, code_size
+from mbc_core.errors import DamagedFile, IncompatibleBank, UsageError
+from mbc_core.recall import Part, RecallIndex
+from mbc_core.words import words_from_bytes
+from schemas.results import AskResult, Source
+
+if TYPE_CHECKING:
+    from mbc_core.lexicon import Lexicon
+    from mbc_core.reader.language_model import LanguageModel
+    from schemas.manifest import Manifest
+
+READS = ("recall", "closed")
+SHIPPED_ADAPTER = "shipped"
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+class QuestionEncoder(Protocol):
+    """What recall needs of an encoder."""
+
+    @property
+    def encoder_id(self) -> str:
+        """As the bank's manifest spells it."""
+
+    def encode_questions(self, questions: Sequence[str]) -> NDArray[np.float32]:
+        """float32 [n, d], unit norm."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recalled:
+    """A passage that was recalled.
+
+    Attributes:
+        doc_id, title: of its document.
+        event_time: when its document happened, UTC; None when it has no date.
+        score: Σ_t (R·q)_t · E[c_t], an estimate of the cosine.
+        words: what its word codes say; empty in banks without word codes.
+        key, passage: where it stands in the bank.
+    """
+
+    doc_id: str
+    title: str | None
+    event_time: datetime | None
+    score: float
+    words: str
+    key: int
+    passage: int
+
+    def to_json(self) -> Source:
+        """As ``mbc ask --json`` prints it."""
+        return {
+            "doc_id": self.doc_id,
+            "title": self.title,
+            "event_time": _iso(self.event_time),
+            "score": round(self.score, 4),
+            "words": self.words,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """An answer with what it was made from; times are milliseconds a question."""
+
+    question: str
+    answer: str
+    read: str
+    as_of: datetime | None
+    sources: tuple[Recalled, ...]
+    recall_ms: float
+    generate_ms: float
+
+    def to_json(self) -> AskResult:
+        """As ``mbc ask --json`` prints it."""
+        return {
+            "question": self.question,
+            "answer": self.answer,
+            "read": self.read,
+            "as_of": _iso(self.as_of),
+            "sources": [one.to_json() for one in self.sources],
+            "milliseconds": {"recall": round(self.recall_ms, 1), "generate": round(self.generate_ms, 1)},
+        }
+
+
+class Memory:
+    """The passages of a bank as they stood at one moment, searchable by their codes. Make one with :meth:`open`."""
+
+    def __init__(
+        self, bank: Bank, passages: pa.Table, index: RecallIndex, encoder: QuestionEncoder, lexicon: Lexicon | None
+    ) -> None:
+        self.bank, self.encoder, self.lexicon = bank, encoder, lexicon
+        self._passages, self._index = passages, index
+
+    @classmethod
+    def open(
+        cls,
+        bank: Bank | str | Path,
+        encoder: QuestionEncoder | None = None,
+        *,
+        as_of: datetime | None = None,
+        device: str = "cpu",
+        lexicon: Lexicon | None = None,
+        rotation: Rotation | None = None,
+    ) -> Memory:
+        """Read the codes of a bank and index them as they are packed.
+
+        Args:
+            bank: an open bank, or where one is.
+            encoder, lexicon, rotation: those the bank was made with; the release's own when None.
+            as_of: only what had been added by then (UTC when it names no zone); None: now.
+            device: where the encoder runs.
+
+        Raises:
+            UsageError: nothing is there.
+            IncompatibleBank: the bank was made with another encoder, lexicon or rotation.
+            DamagedFile: a shard or codebook is damaged.
+        """
+        opened = bank if isinstance(bank, Bank) else Bank.open(bank)
+        manifest = opened.manifest
+        rotation = rotation or defaults.rotation()
+        _require_same("rotation", rotation.digest, manifest.rotation)
+        if manifest.words:
+            lexicon = lexicon or defaults.lexicon_for(manifest)
+            _require_same("lexicon", lexicon.digest if lexicon is not None else "", manifest.lexicon)
+        encoder = encoder or defaults.encoder_for(manifest, device=device)
+        _require_same("encoder", encoder.encoder_id, manifest.encoder)
+        passages = opened.passages(microseconds(as_of))
+        index = RecallIndex.build(_parts(opened, passages, manifest), rotation, manifest.slots)
+        return cls(opened, passages, index, encoder, lexicon if manifest.words else None)
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def recall(self, questions: Sequence[str], k: int = 5) -> list[list[Recalled]]:
+        """The ``k`` best passages for each question, best first; fewer when the bank holds fewer."""
+        if not questions:
+            return []
+        scores, rows = self.search(self.encoder.encode_questions(questions), k)
+        flat = self._recalled(rows.ravel(), scores.ravel())
+        width = rows.shape[1]
+        return [flat[place * width : (place + 1) * width] for place in range(len(questions))]
+
+    def search(self, embeddings: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Scores float32 and row numbers int64, both [q, min(k, passages)], for question embeddings [q, d]."""
+        return self._index.search(embeddings, k)
+
+    def words(self, rows: Sequence[int] | NDArray[np.int64]) -> list[str]:
+        """What the word codes of these rows say."""
+        stored = self._passages["words"].take(pa.array(np.asarray(rows, dtype=np.int64))).to_pylist()
+        return [self._decode(one) for one in stored]
+
+    def keys(self) -> NDArray[np.int64]:
+        """Document key of every row."""
+        return np.asarray(self._passages["key"].to_numpy(), dtype=np.int64)
+
+    def _recalled(self, rows: NDArray[np.int64], scores: NDArray[np.float32]) -> list[Recalled]:
+        found = self._passages.select(["doc_id", "title", "event_time", "words", "key", "passage"])
+        return [
+            Recalled(
+                one["doc_id"],
+                one["title"],
+                one["event_time"],
+                float(score),
+                self._decode(one["words"]),
+                one["key"],
+                one["passage"],
+            )
+            for one, score in zip(found.take(pa.array(rows)).to_pylist(), scores, strict=True)
+        ]
+
+    def _decode(self, stored: bytes) -> str:
+        return self.lexicon.decode(words_from_bytes(stored).tolist()) if self.lexicon is not None and stored else ""
+
+
+class Reader:
+    """Answers questions from a bank.
+
+    The encoder, the language model and its adapter are loaded when they are first needed. The adapter is the bank's
+    live one for this language model; else the one that came with the release; else none.
+
+    Args:
+        bank: an open bank, where one is, or an open :class:`Memory`.
+        language_model: the base model, without adapter; SmolLM2-135M-Instruct when None.
+        encoder: the one the bank was made with; the release's own when None.
+        adapter: folder of an adapter to use instead.
+        as_of: answer as the bank and its adapter stood then.
+        device: where models run.
+    """
+
+    def __init__(
+        self,
+        bank: Bank | Memory | str | Path,
+        *,
+        language_model: LanguageModel | None = None,
+        encoder: QuestionEncoder | None = None,
+        adapter: Path | None = None,
+        as_of: datetime | None = None,
+        device: str = "cpu",
+    ) -> None:
+        self._given = bank.bank if isinstance(bank, Memory) else bank
+        self.bank = self._given if isinstance(self._given, Bank) else Bank.open(self._given)
+        self._encoder, self._base, self._folder = encoder, language_model, adapter
+        self.as_of, self.device = as_of, device
+        if isinstance(bank, Memory):
+            self.memory = bank  # fills the cached property
+
+    @cached_property
+    def memory(self) -> Memory:
+        """What is recalled from."""
+        return Memory.open(self.bank, self._encoder, as_of=self.as_of, device=self.device)
+
+    @cached_property
+    def language_model(self) -> LanguageModel:
+        """The base model with its adapter."""
+        return self._adapted[0]
+
+    @cached_property
+    def adapter(self) -> str | None:
+        """Which adapter reads: a version of the bank, ``shipped``, the folder that was given, or None."""
+        return self._adapted[1]
+
+    @cached_property
+    def _adapted(self) -> tuple[LanguageModel, str | None]:
+        base = self._base or defaults.language_model(device=self.device)
+        return with_adapter(base, self.bank, folder=self._folder, as_of=self.as_of)
+
+    def ask(self, question: str, k: int = 5, read: str = "recall") -> Answer:
+        """Answer one question; see :meth:`ask_many`."""
+        return self.ask_many([question], k, read)[0]
+
+    def ask_many(self, questions: Sequence[str], k: int = 5, read: str = "recall") -> list[Answer]:
+        """Answer questions, in batches.
+
+        Args:
+            k: how many passages are recalled.
+            read: ``recall`` puts the words of the passages before the question; ``closed`` asks the model alone.
+
+        Raises:
+            UsageError: an empty or far too long question, an unknown read, or k below 1.
+            IncompatibleBank: the bank has no word codes to read, or was made with other pieces.
+        """
+        self._check(questions, read)
+        began = time.perf_counter()
+        recalled = self.memory.recall(questions, k) if read == "recall" else [[] for _ in questions]
+        between = time.perf_counter()
+        answers = self.answer([[one.words for one in found] for found in recalled], questions)
+        count = max(1, len(questions))
+        recall_ms = 1e3 * (between - began) / count if read == "recall" else 0.0
+        generate_ms = 1e3 * (time.perf_counter() - between) / count
+        return [
+            Answer(question, answer, read, self.as_of, tuple(found), recall_ms, generate_ms)
+            for question, answer, found in zip(questions, answers, recalled, strict=True)
+        ]
+
+    def answer(self, memory: Sequence[Sequence[str]], questions: Sequence[str]) -> list[str]:
+        """Answers of the language model to questions with these memory lines, best first, before them."""
+        from mbc_core.reader.generate import answer_prompts
+        from mbc_core.reader.prompt import PromptFormat, prompt_room
+
+        form, room = PromptFormat(self.language_model.tokenizer), prompt_room(self.language_model)
+        prompts = [form.build(lines, question, room).ids for lines, question in zip(memory, questions, strict=True)]
+        return answer_prompts(self.language_model, form, prompts)
+
+    def _check(self, questions: Sequence[str], read: str) -> None:
+        if read not in READS:
+            raise UsageError(
+                "there is no such read",
+                value=read,
+                cause="a misspelt name, or a read that this release does not have",
+                fix=f"use one of {', '.join(READS)}",
+            )
+        for place, question in enumerate(questions):
+            if not question.strip():
+                raise UsageError(
+                    "a question is empty", value=f"number {place + 1} of {len(questions)}", fix="ask something"
+                )
+        if read == "recall" and not self.bank.manifest.words:
+            raise IncompatibleBank(
+                "the bank has no word codes to read",
+                value=f"profile {self.bank.manifest.profile}",
+                cause="this profile stores addresses only",
+                fix="recall from it with `mbc recall`, ask with --read closed, or ingest with --profile default",
+            )
+
+
+def with_adapter(
+    base: LanguageModel, bank: Bank, *, folder: Path | None = None, as_of: datetime | None = None
+) -> tuple[LanguageModel, str | None]:
+    """Put on ``base`` the adapter that reads ``bank``.
+
+    Args:
+        folder: use this adapter's folder.
+        as_of: the adapter that was live then.
+
+    Returns:
+        the adapted model, and the adapter's name: the bank's live version, ``shipped``, the folder, or None when there
+        is none for this base model (it then reads unadapted).
+
+    Raises:
+        DamagedFile: the adapter's files do not match their digests.
+        ModelError: ``folder`` was trained for another base model.
+    """
+    from mbc_core.reader.kv_lora import adapter_base, load_adapter
+
+    registry = AdapterRegistry(bank)
+    live = None if folder is not None else registry.live(base.digest, microseconds(as_of))
+    if live is not None:
+        with tempfile.TemporaryDirectory() as place:
+            model, _ = load_adapter(base.model, registry.load(live, Path(place)), base_digest=base.digest)
+        return replace(base, model=model.eval()), live
+    shipped = defaults.reader_adapter() if folder is None else None
+    if shipped is not None and adapter_base(shipped) == base.digest:
+        folder = shipped
+    if folder is None:
+        return base, None
+    model, _ = load_adapter(base.model, folder, base_digest=base.digest)
+    return replace(base, model=model.eval()), SHIPPED_ADAPTER if folder == shipped else str(folder)
+
+
+def microseconds(moment: datetime | None) -> int | None:
+    """Microseconds since the epoch; UTC when the moment names no zone."""
+    if moment is None:
+        return None
+    aware = moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)
+    return (aware - _EPOCH) // timedelta(microseconds=1)
+
+
+def _iso(moment: datetime | None) -> str | None:
+    if moment is None:
+        return None
+    aware = moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)
+    return aware.astimezone(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
+def _parts(bank: Bank, passages: pa.Table, manifest: Manifest) -> list[Part]:
+    """Packed addresses by codebook version, as they are stored; row numbers of ``passages`` are the row ids."""
+    size = code_size(manifest.slots)
+    lengths = pc.binary_length(passages["address"])
+    if len(passages) and not pc.all(pc.equal(lengths, size)).as_py():
+        raise DamagedFile(
+            "an address has the wrong length",
+            value=f"{sorted(set(lengths.to_pylist()))} bytes",
+            cause=f"T = {manifest.slots} takes {size} bytes; a shard is damaged or of another bank",
+            fix="run `mbc inspect --verify`, then restore the shard from a copy",
+        )
+    packed = np.frombuffer(b"".join(passages["address"].to_pylist()), dtype=np.uint8).reshape(-1, size)
+    versions = passages["codebook_version"].to_numpy()
+    parts = []
+    for version in np.unique(versions).tolist():
+        rows = np.flatnonzero(versions == version).astype(np.int64)
+        parts.append((bank.codebook(version), np.ascontiguousarray(packed[rows]), rows))
+    return cast("list[Part]", parts)
+
+
+def _require_same(what: str, ours: str, theirs: str) -> None:
+    if ours != theirs:
+        raise IncompatibleBank(
+            f"the bank was made with another {what}",
+            value=theirs,
+            cause=f"this reader would use {ours}",
+            fix=f"open it with the {what} it was made with, or ingest its sources again into a new bank",
+        )
