@@ -128,6 +128,21 @@ def test_a_stopped_run_goes_on_to_the_same_weights(folder, tmp_path):
     assert again["file_sha256"] == straight["file_sha256"]
 
 
+def test_the_head_of_the_best_evaluation_is_written(folder, tmp_path, monkeypatch):
+    def with_shares(name: str, *shares: float) -> dict:
+        given = iter(shares)
+        monkeypatch.setattr(
+            "mbc_core.training.salience.share_kept_whole",
+            lambda texts, scores, answers, lexicon, budgets: dict.fromkeys(budgets, next(given)),
+        )
+        return train_salience(folder, made_up(60), tmp_path / name, lexicon=LEXICON, recipe=RECIPE)
+
+    first, last = with_shares("first", 0.9, 0.5, 0.1), with_shares("last", 0.1, 0.5, 0.9)
+    assert (first["chosen_step"], last["chosen_step"]) == (2, 6)
+    assert first["share_of_answers_kept_whole_at_codes"] == {"held_out": dict.fromkeys((12, 24, 41, 64), 0.9)}
+    assert first["file_sha256"] != last["file_sha256"]
+
+
 @pytest.mark.parametrize("spoil", ["recipe", "passages", "file"])
 def test_a_checkpoint_of_another_run_is_not_continued(folder, tmp_path, spoil):
     train_salience(folder, made_up(60), tmp_path, lexicon=LEXICON, recipe=RECIPE)
