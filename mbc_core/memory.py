@@ -32,6 +32,7 @@ from schemas.results import AskResult, Source
 if TYPE_CHECKING:
     from mbc_core.lexicon import Lexicon
     from mbc_core.reader.language_model import LanguageModel
+    from mbc_core.reader.prompt import PromptFormat
     from schemas.manifest import Manifest
 
 READS = ("recall", "closed")
@@ -172,6 +173,12 @@ class Memory:
         stored = self._passages["words"].take(pa.array(np.asarray(rows, dtype=np.int64))).to_pylist()
         return [self._decode(one) for one in stored]
 
+    @property
+    def payload_bytes(self) -> float:
+        """Mean bytes of a passage's address and words, as they are stored."""
+        sizes = [pc.mean(pc.binary_length(self._passages[name])).as_py() for name in ("address", "words")]
+        return float(sum(size or 0.0 for size in sizes))
+
     def keys(self) -> NDArray[np.int64]:
         """Document key of every row."""
         return np.asarray(self._passages["key"].to_numpy(), dtype=np.int64)
@@ -278,11 +285,24 @@ class Reader:
     def answer(self, memory: Sequence[Sequence[str]], questions: Sequence[str]) -> list[str]:
         """Answers of the language model to questions with these memory lines, best first, before them."""
         from mbc_core.reader.generate import answer_prompts
-        from mbc_core.reader.prompt import PromptFormat, prompt_room
 
-        form, room = PromptFormat(self.language_model.tokenizer), prompt_room(self.language_model)
-        prompts = [form.build(lines, question, room).ids for lines, question in zip(memory, questions, strict=True)]
-        return answer_prompts(self.language_model, form, prompts)
+        return answer_prompts(self.language_model, self._form, self._prompts(memory, questions))
+
+    def prompt_tokens(self, memory: Sequence[Sequence[str]], questions: Sequence[str]) -> list[int]:
+        """Length of the prompts that :meth:`answer` would use."""
+        return [len(prompt) for prompt in self._prompts(memory, questions)]
+
+    @cached_property
+    def _form(self) -> PromptFormat:
+        from mbc_core.reader.prompt import PromptFormat
+
+        return PromptFormat(self.language_model.tokenizer)
+
+    def _prompts(self, memory: Sequence[Sequence[str]], questions: Sequence[str]) -> list[list[int]]:
+        from mbc_core.reader.prompt import prompt_room
+
+        room = prompt_room(self.language_model)
+        return [self._form.build(lines, question, room).ids for lines, question in zip(memory, questions, strict=True)]
 
     def _check(self, questions: Sequence[str], read: str) -> None:
         if read not in READS:

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mbc_core.errors import UsageError
-from mbc_core.evaluation.metrics import bootstrap, exact_match, f1, prefix_match
+from mbc_core.evaluation.table import format_row, measured_row
 from mbc_core.lexicon import Lexicon
 from mbc_core.reader.generate import answer_prompts
 from mbc_core.reader.language_model import LanguageModel
 from mbc_core.reader.prompt import MAX_PROMPT_TOKENS, PromptFormat
 from mbc_core.words import choose_words
+from schemas.results import EvalRow
 
 Kind = Literal["recall", "closed", "text", "right", "right_text", "shuffled"]
 KINDS: tuple[Kind, ...] = ("recall", "closed", "text", "right", "right_text", "shuffled")
@@ -87,30 +88,6 @@ class Read:
     words: int | None = 24
 
 
-@dataclass(frozen=True, slots=True)
-class ReadRow:
-    """One row of the table, in per cent; names are those of ``mbc eval --json``."""
-
-    read: str
-    profile: str
-    k: int
-    em: float
-    em_low: float
-    em_high: float
-    em_prefix: float
-    f1: float
-    f1_low: float
-    f1_high: float
-    questions: int
-    bytes_per_passage: float
-    prompt_tokens: float
-    milliseconds: dict[str, float]
-
-    def to_json(self) -> dict[str, object]:
-        """Plain values."""
-        return asdict(self)
-
-
 DEFAULT_READS = (
     Read("closed", 0, None),
     Read("recall", 5, 12),
@@ -134,7 +111,7 @@ def evaluate_reads(
     batch_tokens: int = 16_384,
     seed: int = 0,
     progress: Callable[[str], None] = lambda line: None,
-) -> list[ReadRow]:
+) -> list[EvalRow]:
     """Answer every question in every way.
 
     Args:
@@ -162,19 +139,22 @@ def evaluate_reads(
         began = time.perf_counter()
         predictions = answer_prompts(language_model, form, prompts, batch_tokens=batch_tokens)
         spent = 1e3 * (time.perf_counter() - began) / len(prompts)
-        timing = {"recall": 0.0 if read.kind in ("closed", "right", "right_text") else recall_ms, "generate": spent}
-        rows.append(_row(read, questions, predictions, prompts, size, timing, seed))
+        searched = read.kind in ("recall", "text", "shuffled")
+        rows.append(
+            measured_row(
+                read.kind,
+                _profile(read),
+                read.k,
+                predictions,
+                questions.answers,
+                bytes_per_passage=size,
+                prompt_tokens=float(np.mean([len(prompt) for prompt in prompts])),
+                milliseconds=spent + (recall_ms if searched else 0.0),
+                seed=seed,
+            )
+        )
         progress(format_row(rows[-1]))
     return rows
-
-
-def format_row(row: ReadRow) -> str:
-    """One line for people."""
-    return (
-        f"{row.read:<10} {row.profile:<8} k={row.k}  EM {row.em:5.1f} [{row.em_low:.1f}, {row.em_high:.1f}]  "
-        f"F1 {row.f1:5.1f} [{row.f1_low:.1f}, {row.f1_high:.1f}]  prefix EM {row.em_prefix:5.1f}  "
-        f"{row.bytes_per_passage:6.1f} B  {row.prompt_tokens:6.1f} tokens  {row.questions} questions"
-    )
 
 
 def _memory(
@@ -207,33 +187,7 @@ def _derangement(total: int, seed: int) -> NDArray[np.int64]:
     return away
 
 
-def _row(
-    read: Read,
-    questions: ReadSet,
-    predictions: Sequence[str],
-    prompts: Sequence[Sequence[int]],
-    size: float,
-    timing: dict[str, float],
-    seed: int,
-) -> ReadRow:
-    pairs = list(zip(predictions, questions.answers, strict=True))
-    em = bootstrap(100 * np.array([exact_match(said, given) for said, given in pairs]), seed=seed)
-    overlap = bootstrap(100 * np.array([f1(said, given) for said, given in pairs]), seed=seed)
-    return ReadRow(
-        read.kind,
-        "text"
-        if read.words is None and read.kind != "closed"
-        else PROFILE_OF.get(read.words or 0, str(read.words or "-")),
-        read.k,
-        em.mean,
-        em.low,
-        em.high,
-        100 * float(np.mean([prefix_match(said, given) for said, given in pairs])),
-        overlap.mean,
-        overlap.low,
-        overlap.high,
-        len(pairs),
-        size,
-        float(np.mean([len(prompt) for prompt in prompts])),
-        timing,
-    )
+def _profile(read: Read) -> str:
+    if read.kind == "closed":
+        return "-"
+    return "text" if read.words is None else PROFILE_OF.get(read.words, f"{read.words} words")

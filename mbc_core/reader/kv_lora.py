@@ -193,6 +193,15 @@ def adapter_base(folder: Path) -> str:
     return _read_config(folder)[1]
 
 
+def adapter_config(model: HfModel) -> KVLoraConfig:
+    """Size of the adapter that ``model`` carries."""
+    told = next(iter(model.peft_config.values()))
+    layers = {name.split(".lora_")[0].rpartition(".")[0] for name in adapter_state(model)}
+    total = int(model.get_base_model().config.num_hidden_layers)
+    last_n = None if len(layers) == total else len(layers)
+    return KVLoraConfig(r=int(told.r), alpha=int(told.lora_alpha), dropout=float(told.lora_dropout), last_n=last_n)
+
+
 def adapter_state(model: HfModel) -> dict[str, Tensor]:
     """The LoRA weights by peft's names (without the adapter's name)."""
     from peft import get_peft_model_state_dict

@@ -253,7 +253,7 @@ class _Evaluator:
                 seed=self.run.seed,
                 progress=self.say,
             )
-        return [row.to_json() for row in rows]
+        return [dict(row) for row in rows]
 
 
 def _read_set(data: Prepared) -> ReadSet:
