@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, BinaryIO, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from deltalake import DeltaTable
+from deltalake import CommitProperties, DeltaTable
 from deltalake.exceptions import DeltaError, TableNotFoundError
 
 from mbc_core.bank import export, inspect, parquet
@@ -85,7 +85,7 @@ class Bank:
         """Make a new bank. An attempt that was interrupted is finished; of two at once both get the same bank.
 
         Raises:
-            UsageError: a bank is there already, or the codebook does not fit the manifest.
+            UsageError: a bank is there already (also one of other settings, half made), or the codebook does not fit.
             StorageError: the store is full or may not be written.
         """
         storage = Storage(str(uri))
@@ -113,11 +113,12 @@ class Bank:
     @classmethod
     def _make(cls, storage: Storage, manifest: Manifest, codebook0: Codebook) -> Bank:
         check_codebook(manifest, codebook0)
-        # Creating a Delta table is atomic on every store, so the ledger's description decides whose manifest counts
-        # when two processes make the bank at once. manifest.json comes last: a bank that has it is whole.
+        # On every store only one process writes version 0 of a Delta log, so the ledger's first description decides
+        # whose manifest counts when two make the bank at once. manifest.json comes last: a bank that has it is whole.
         _create_table(storage, "ledger", manifest.to_json())
-        agreed = _load_table(storage, "ledger").metadata().description or ""
+        agreed = _load_table(storage, "ledger", 0).metadata().description or ""
         bank = cls(storage, Manifest.from_json(agreed, storage.locate("ledger")))
+        bank.manifest.require_same(manifest, storage.uri)
         for name in TABLES:
             _create_table(storage, name, "")
         register_codebook(bank, codebook0)
@@ -241,11 +242,11 @@ class Bank:
         """Key → the columns of ``schemas.tables.DOCUMENTS`` of its newest visible revision; all keys when None."""
         codes = self.read("codes", ["key", "added_at"])
         codes = codes.filter(pa.array(newest_revisions(codes)))
-        wanted = None if keys is None else set(keys)
+        if keys is not None:
+            codes = codes.filter(pc.is_in(codes["key"], pa.array(set(keys), pa.int64())))
         found = _titled(self.read("documents"))
         place = np.unique(revision_places(codes, found))
-        rows = found.take(pa.array(place[place >= 0], pa.int64())).to_pylist()
-        return {row["key"]: row for row in rows if wanted is None or row["key"] in wanted}
+        return {row["key"]: row for row in found.take(pa.array(place[place >= 0], pa.int64())).to_pylist()}
 
     def inspect(self, verify: bool = False) -> InspectResult | VerifiedInspectResult:
         """What ``mbc inspect --json`` prints; with ``verify`` every file, digest, count and link is checked."""
@@ -289,7 +290,15 @@ def _create_table(storage: Storage, name: str, description: str) -> None:
             return
         if storage.is_local:
             Path(where).mkdir(parents=True, exist_ok=True)
-        DeltaTable.create(where, TABLES[name], mode="error", description=description or None, storage_options=options)
+        DeltaTable.create(
+            where,
+            TABLES[name],
+            mode="error",
+            description=description or None,
+            storage_options=options,
+            # Without this, the loser of a race writes its description as version 1 over the winner's.
+            commit_properties=CommitProperties(max_commit_retries=0),
+        )
     except (DeltaError, OSError) as error:
         if not _is_table(where, options):
             raise as_storage_error(error, "create the table", where) from error
@@ -302,10 +311,10 @@ def _is_table(where: str, options: dict[str, str] | None) -> bool:
         return False
 
 
-def _load_table(storage: Storage, name: str) -> DeltaTable:
+def _load_table(storage: Storage, name: str, version: int | None = None) -> DeltaTable:
     where = storage.locate(name)
     try:
-        return DeltaTable(where, storage_options=storage.delta_options() or None)
+        return DeltaTable(where, version=version, storage_options=storage.delta_options() or None)
     except TableNotFoundError as error:
         raise DamagedFile(
             f"the bank's table {where} is not there",

@@ -111,8 +111,12 @@ def test_ledger_lost_between_two_commits_is_settled(bank, monkeypatch):
 def test_a_ledger_file_of_an_attempt_that_lost_is_never_committed(bank):
     """Two attempts at one slice: the ledger follows the codes that won."""
     winner, loser = make_slice("run", "0", numbered(0, 4)), make_slice("run", "0", numbered(0, 2))
-    write_slice_rows(bank, "ledger", loser.ledger, begin_slice(bank, "run", "0"))
-    assert commit_slice(bank, winner, "run", "0")
+    lost, won = SliceId("run", "0", 0, 1), SliceId("run", "0", 0, 2)
+    write_slice_rows(bank, "ledger", loser.ledger, lost)
+    file = write_slice_rows(bank, "ledger", winner.ledger, won)
+    for table, rows in (("documents", winner.documents), ("codes", winner.codes)):
+        shard = write_slice_rows(bank, table, rows, won)
+        commit_files(bank, table, [shard], won.app_id(table), 0, {"mbc.ledger": file.path})
     assert finished_slices(bank, "run") == {"0"}
     assert bank.read("ledger")["documents"].to_pylist() == [4]
 
@@ -124,6 +128,23 @@ def test_prepared_files_of_many_shards_commit_together(bank):
     assert all(isinstance(one, PreparedFile) and one.rows == 5 for one in shards)
     assert commit_slice(bank, replace(rows, codes=shards), "run", "w", slice_id=begun)
     assert len(shown(bank)) == 10 and bank.table("codes").version() == 1
+
+
+def test_prepared_files_of_an_attempt_that_died_are_unseen_beside_those_of_the_rerun(bank):
+    rows = make_slice("run", "w", numbered(0, 4))
+
+    def prepared(begun):
+        write = [("codes", rows.codes), ("documents", rows.documents), ("replay", rows.replay)]
+        return {table: [write_slice_rows(bank, table, given, begun)] for table, given in write}
+
+    first, second = begin_slice(bank, "run", "w"), SliceId("run", "w", 0, 1 + begin_slice(bank, "run", "w").added_at)
+    died, again = prepared(first), prepared(second)
+    for table in ("replay", "documents"):
+        commit_files(bank, table, died[table], first.app_id(table))
+    assert commit_slice(bank, replace(rows, **again), "run", "w", slice_id=second)
+    assert not commit_slice(bank, replace(rows, **died), "run", "w", slice_id=first)
+    assert len(shown(bank)) == bank.replay().num_rows == len(bank.documents()) == len(bank.visible()) == 4
+    assert bank.inspect(verify=True)["problems"] == []
 
 
 def test_a_slice_without_codes_is_finished_too(bank):
@@ -155,6 +176,18 @@ def test_added_at_grows_even_when_the_clock_steps_back(bank, monkeypatch):
     assert 1_000_000 < begin_slice(bank, "run", "1").added_at < newest
     commit_slice(bank, make_slice("run", "1", [("a", "new")]), "run", "1")
     assert [row["answer"] for row in bank.replay().to_pylist()] == ["new"]
+
+
+def test_commits_are_remembered_past_a_checkpoint(bank):
+    """Delta Lake folds its log into a checkpoint every 100 commits; app ids must survive that."""
+    rows = make_slice("run", "0", numbered(0, 1))
+    assert commit_slice(bank, rows, "run", "0")
+    for number in range(120):
+        assert commit_files(bank, "codes", [], f"filler/{number}")
+    assert list((Path(bank.uri) / "codes" / "_delta_log").glob("*.checkpoint.parquet"))
+    assert not commit_slice(bank, rows, "run", "0")
+    assert not commit_files(bank, "codes", [], "filler/0")
+    assert shown(bank) == [("d0000", 0)]
 
 
 def test_a_vanished_or_changed_file_is_not_committed(bank):
@@ -230,9 +263,12 @@ def _add_in_process(uri: str, barrier_at: float, ingest_id: str, name: str, star
     return commit_slice(bank, rows, ingest_id, name)
 
 
-def _create_in_process(uri: str, barrier_at: float, salt: str) -> str:
-    time.sleep(max(0.0, barrier_at - time.time()))
-    return Bank.open_or_create(uri, manifest(key_salt=salt), codebook()).manifest.key_salt
+def _create_in_process(uris: list[str], barrier_at: float, salt: str) -> list[str]:
+    salts = []
+    for number, uri in enumerate(uris):
+        time.sleep(max(0.0, barrier_at + 0.1 * number - time.time()))
+        salts.append(Bank.open_or_create(uri, manifest(key_salt=salt), codebook()).manifest.key_salt)
+    return salts
 
 
 def test_processes_that_commit_at_once(bank):
@@ -250,11 +286,12 @@ def test_processes_that_commit_at_once(bank):
 
 
 def test_processes_that_make_the_same_bank_at_once_agree(tmp_path):
-    uri = str(tmp_path / "bank")
+    """Twenty races of three processes, each with a salt of its own: all go on with the same one."""
+    uris = [str(tmp_path / f"bank-{number}") for number in range(20)]
     context = multiprocessing.get_context("spawn")
     salts = [f"{number:032x}" for number in range(3)]
     with ProcessPoolExecutor(3, mp_context=context) as pool:
-        start = time.time() + 3
-        agreed = set(pool.map(_create_in_process, [uri] * 3, [start] * 3, salts))
-    assert len(agreed) == 1 and agreed < set(salts)
-    assert Bank.open(uri).manifest.key_salt in agreed
+        agreed = list(pool.map(_create_in_process, [uris] * 3, [time.time() + 3] * 3, salts))
+    assert agreed[0] == agreed[1] == agreed[2]
+    assert [Bank.open(uri).manifest.key_salt for uri in uris] == agreed[0]
+    assert all(len(list((Path(uri) / "ledger/_delta_log").glob("*.json"))) == 1 for uri in uris)

@@ -117,6 +117,8 @@ def test_an_interrupted_creation_is_finished_with_its_first_salt(bank):
     (Path(bank.uri) / "manifest.json").unlink()
     with pytest.raises(UsageError, match="there is no bank here"):
         Bank.open(bank.uri)
+    with pytest.raises(UsageError, match="was made with another profile: 'default'"):
+        Bank.create(bank.uri, manifest(profile="rich"), codebook())
     again = Bank.open_or_create(bank.uri, manifest(key_salt="f" * 32), codebook())
     assert again.manifest == bank.manifest
 
