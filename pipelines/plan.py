@@ -357,12 +357,13 @@ def _judge_rejected(spill: Spill) -> Iterator[Judged]:
 def _judge_known(index: Index, replaced: npt.NDArray[np.bool_], duplicate: npt.NDArray[np.bool_]) -> Iterator[Judged]:
     if not (replaced | duplicate).any():
         return
-    tallies = []
-    for number, name in enumerate(index.names):
-        here = index.windows == number
-        lost, known = int((replaced & here).sum()), int((duplicate & here).sum())
-        if lost or known:
-            tallies.append(Tally(name, documents_in=lost + known, replaced=lost, duplicates=known))
+    lost = np.bincount(index.windows[replaced], minlength=len(index.names)).tolist()
+    known = np.bincount(index.windows[duplicate], minlength=len(index.names)).tolist()
+    tallies = [
+        Tally(name, documents_in=gone + there, replaced=gone, duplicates=there)
+        for name, gone, there in zip(index.names, lost, known, strict=True)
+        if gone or there
+    ]
     digest = _digest(np.sort(index.keys[replaced | duplicate]).tobytes(), b"".join(one.to_bytes() for one in tallies))
     yield Judged(f"known-{digest}", tuple(tallies), None)
 

@@ -38,6 +38,9 @@ class TinyEncoder:
     def count_pieces(self, text):
         return 20 * len(text.split())  # passages of at most 12 words
 
+    def encode_questions(self, questions):
+        return np.stack([self.encode([one])[0].embedding for one in questions])
+
     def encode(self, texts, progress=None):
         found = []
         for text in texts:
