@@ -190,7 +190,7 @@ def _code_problems(bank: Bank) -> Iterator[str]:
     if count := int(((lengths % 2 != 0) | (lengths > 2 * manifest.words)).sum()):
         yield f"{count} passages have a broken word payload (2 bytes a code, at most {manifest.words} codes)."
     if codes.num_rows:
-        passages = codes.group_by(["key", "added_at"]).aggregate(
+        passages = codes.group_by(["key", "added_at"], use_threads=False).aggregate(
             [("passage", "count"), ("passage", "count_distinct"), ("passage", "min"), ("passage", "max")]
         )
         counts, distinct = passages["passage_count"].to_numpy(), passages["passage_count_distinct"].to_numpy()
