@@ -42,8 +42,7 @@ CODES = pa.schema(
         pa.field("codebook_version", pa.int32(), nullable=False),
     ]
 )
-"""One row a passage. These rows alone make a document visible; of a key's revisions (key, added_at) the newest is read.
-"""
+"""One row a passage. Only these rows make a document visible; of a key's revisions (key, added_at) the newest is read."""
 
 DOCUMENTS = pa.schema(
     [
@@ -57,8 +56,8 @@ DOCUMENTS = pa.schema(
         pa.field("text_zstd", pa.binary()),
     ]
 )
-"""One row a revision: join codes on (key, added_at). A null title means that the id is the title, or that there is none.
-Rows that no row of codes joins were left by an interrupted run and count for nothing.
+"""One row a revision: join codes on (key, added_at). A null title: the id is the title, or there is none. Rows that
+no row of codes joins were left by an interrupted run and count for nothing.
 """
 
 REPLAY = pa.schema(
@@ -72,8 +71,7 @@ REPLAY = pa.schema(
         pa.field("split", pa.string(), nullable=False),
     ]
 )
-"""Questions and answers of a revision: join codes on (key, added_at), as with documents.
-"""
+"""Questions and answers of a revision: join codes on (key, added_at), as with documents."""
 
 CODEBOOK_VERSIONS = pa.schema(
     [
@@ -92,8 +90,7 @@ CODEBOOK_VERSIONS = pa.schema(
         pa.field("added_at", TIME, nullable=False),
     ]
 )
-"""One row a version; append-only. ``ingest_id`` and ``slice`` published it; both are empty for version 0.
-"""
+"""One row a version; append-only. ``ingest_id`` and ``slice`` published it; both are empty for version 0."""
 
 LEDGER = pa.schema(
     [
@@ -112,8 +109,8 @@ LEDGER = pa.schema(
         pa.field("added_at", TIME, nullable=False),
     ]
 )
-"""One row a window of a committed slice. ``dead_letters`` is JSON, {reason: documents}; ``statistics`` is the file of the
-window's codebook statistics until a version takes them in.
+"""One row a window of a committed slice. ``dead_letters`` is JSON, {reason: documents}; ``statistics`` is the file of
+the window's codebook statistics until a version takes them in.
 """
 
 DEAD_LETTER = pa.schema(
@@ -128,8 +125,7 @@ DEAD_LETTER = pa.schema(
         pa.field("added_at", TIME, nullable=False),
     ]
 )
-"""What could not be ingested. Rows count when the ledger has their (ingest_id, added_at).
-"""
+"""What could not be ingested. Rows count when the ledger has their (ingest_id, added_at)."""
 
 LIVE_ADAPTER = pa.schema(
     [
@@ -140,8 +136,7 @@ LIVE_ADAPTER = pa.schema(
         pa.field("added_at", TIME, nullable=False),
     ]
 )
-"""Promotions and rollbacks in order of ``added_at``; a null version means that the release's own adapter is live.
-"""
+"""Promotions and rollbacks in order of ``added_at``; a null version means that the release's own adapter is live."""
 
 TABLES: dict[str, pa.Schema] = {
     "codes": CODES,
