@@ -42,7 +42,7 @@ CODES = pa.schema(
         pa.field("codebook_version", pa.int32(), nullable=False),
     ]
 )
-"""One row a passage. Only these rows make a document visible; of a key's revisions (key, added_at) the newest is read."""
+"""One row a passage. Only these make a document visible; of a key's revisions (key, added_at) the newest is read."""
 
 DOCUMENTS = pa.schema(
     [
