@@ -24,6 +24,7 @@ from mbc_core.reader.language_model import HfModel
 FORMAT_VERSION = 1
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
+_METADATA = "mbc"
 _SEPARATE = (("k_proj", "v_proj"), ("key", "value"))
 _FUSED = ("c_attn",)
 
@@ -125,7 +126,8 @@ def add_kv_lora(
 
 
 def save_adapter(model: HfModel, folder: Path, config: KVLoraConfig, *, base_digest: str, base_name: str) -> None:
-    """Write ``adapter_model.safetensors`` (float16) and ``adapter_config.json``; plain peft can load them too.
+    """Write ``adapter_model.safetensors`` (float16; what this project needs to know is in its metadata) and
+    ``adapter_config.json``, with which plain peft loads it too.
 
     Each file is written beside its place and moved there whole.
     """
@@ -133,7 +135,12 @@ def save_adapter(model: HfModel, folder: Path, config: KVLoraConfig, *, base_dig
 
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: value.to(torch.float16).contiguous().cpu() for name, value in adapter_state(model).items()}
-    meta = {"mbc_format": str(FORMAT_VERSION), "base_digest": base_digest, "base_name": base_name}
+    ours = {
+        "format": FORMAT_VERSION,
+        "base_digest": base_digest,
+        "kv_lora": asdict(config),
+        "versions": {"peft": version("peft"), "transformers": version("transformers"), "torch": torch.__version__},
+    }
     peft_config = next(iter(model.peft_config.values()))
     description = {
         "peft_type": "LORA",
@@ -146,15 +153,8 @@ def save_adapter(model: HfModel, folder: Path, config: KVLoraConfig, *, base_dig
         "inference_mode": True,
         "fan_in_fan_out": bool(peft_config.fan_in_fan_out),
         "target_modules": sorted(peft_config.target_modules),
-        "mbc": {
-            **meta,
-            "kv_lora": asdict(config),
-            "peft": version("peft"),
-            "transformers": version("transformers"),
-            "torch": torch.__version__,
-        },
     }
-    _write_whole(folder / WEIGHTS_FILE, save(tensors, metadata=meta))
+    _write_whole(folder / WEIGHTS_FILE, save(tensors, metadata={_METADATA: json.dumps(ours, sort_keys=True)}))
     _write_whole(folder / CONFIG_FILE, (json.dumps(description, indent=2, sort_keys=True) + "\n").encode())
 
 
@@ -171,7 +171,7 @@ def load_adapter(model: HfModel, folder: Path, *, base_digest: str | None = None
         DamagedFile: a file is missing or cannot be read, or weights are missing, unexpected or of another shape.
         ModelError: the adapter belongs to another base model.
     """
-    config, made_for = _read_config(folder)
+    weights, config, made_for = _read(folder)
     if base_digest is not None and made_for != base_digest:
         raise ModelError(
             "the adapter was trained for another base model",
@@ -180,7 +180,7 @@ def load_adapter(model: HfModel, folder: Path, *, base_digest: str | None = None
             fix="load the model it was trained for, or train one with `mbc train reader` or `mbc adapt`",
         )
     adapted = add_kv_lora(model, config)
-    set_adapter_state(adapted, _read_weights(folder / WEIGHTS_FILE), str(folder))
+    set_adapter_state(adapted, weights, str(folder))
     return adapted, config
 
 
@@ -188,9 +188,9 @@ def adapter_base(folder: Path) -> str:
     """Digest of the base model that the adapter in ``folder`` was trained for.
 
     Raises:
-        DamagedFile: its configuration cannot be read.
+        DamagedFile: it cannot be read.
     """
-    return _read_config(folder)[1]
+    return _read(folder)[2]
 
 
 def adapter_config(model: HfModel) -> KVLoraConfig:
@@ -327,40 +327,30 @@ def _check_query_rows(model: HfModel, where: str) -> None:
                 )
 
 
-def _read_config(folder: Path) -> tuple[KVLoraConfig, str]:
+def _read(folder: Path) -> tuple[dict[str, Tensor], KVLoraConfig, str]:
+    """Weights in float32, size, and digest of the base model."""
+    from safetensors import SafetensorError, safe_open
+
+    path = folder / WEIGHTS_FILE
     try:
-        told = json.loads((folder / CONFIG_FILE).read_text())
-        ours = told["mbc"]
-        if ours["mbc_format"] != str(FORMAT_VERSION):
-            raise DamagedFile(
-                "the adapter has another format version",
-                value=ours["mbc_format"],
-                cause=f"this release reads version {FORMAT_VERSION}",
-                fix="use the release that wrote it, or train it again",
-            )
-        return KVLoraConfig(**ours["kv_lora"]), str(ours["base_digest"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        with safe_open(path, "pt") as stored:
+            ours = json.loads((stored.metadata() or {})[_METADATA])
+            tensors = {name: stored.get_tensor(name).float() for name in stored.keys()}  # noqa: SIM118  # not a dict
+        if ours["format"] == FORMAT_VERSION:
+            return tensors, KVLoraConfig(**ours["kv_lora"]), str(ours["base_digest"])
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise DamagedFile(
-            "the adapter's configuration cannot be read",
-            value=str(folder / CONFIG_FILE),
+            "the adapter cannot be read",
+            value=str(path),
             cause=f"{type(error).__name__}: {error}",
             fix="restore the folder or train the adapter again",
         ) from error
-
-
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return {name: value.float() for name, value in load_file(path).items()}
-    except (OSError, SafetensorError) as error:
-        raise DamagedFile(
-            "the adapter's weights cannot be read",
-            value=str(path),
-            cause=str(error),
-            fix="restore the folder or train the adapter again",
-        ) from error
+    raise DamagedFile(
+        "the adapter has another format version",
+        value=ours["format"],
+        cause=f"this release reads version {FORMAT_VERSION}",
+        fix="use the release that wrote it, or train it again",
+    )
 
 
 def _write_whole(path: Path, data: bytes) -> None:
