@@ -23,6 +23,7 @@ _ABBREVIATION = re.compile(
     r"|No|Nos|Vol|pp?|vs|etc|approx|ca?|cf|e\.g|i\.e|a\.m|p\.m|[A-Z](?:\.[A-Z])+)\.$"
 )
 _LONGEST_ABBREVIATION = 12
+_LONG = 50_000  # characters; so long a text is never one passage, and counting it whole costs seconds
 _SPACED = re.compile(r"\s*\S+\s*")
 
 
@@ -45,7 +46,7 @@ def split_passages(text: str, count_pieces: Callable[[str], int], max_pieces: in
     """
     if not text.strip():
         return []
-    if count_pieces(text) <= max_pieces:
+    if len(text) < _LONG and count_pieces(text) <= max_pieces:
         return [text]
     units = [unit for sentence in _sentences(text) for unit in _fit(sentence, count_pieces, max_pieces)]
     sizes = [size for _, size in units]
@@ -78,12 +79,15 @@ def _fit(part: str, count_pieces: Callable[[str], int], max_pieces: int) -> list
     size = count_pieces(part)
     if size <= max_pieces:
         return [(part, size)]
-    words = _SPACED.findall(part)
-    if len(words) <= 1:
-        return _halve(part, count_pieces, max_pieces)
-    units = [unit for word in words for unit in _fit(word, count_pieces, max_pieces)]
+    finer = _SPACED.findall(part)
+    if len(finer) <= 1:  # one giant word: strips of an eighth of what fits, which are packed again
+        step = max(1, len(part) * max_pieces // (8 * size))
+        finer = [part[start : start + step] for start in range(0, len(part), step)]
+    if len(finer) == 1:
+        return [(part, size)]
+    units = [unit for one in finer for unit in _fit(one, count_pieces, max_pieces)]
     slices = _join(units, _pack([size for _, size in units], max_pieces))
-    return [half for one in slices for half in _halve(one, count_pieces, max_pieces)]
+    return [unit for one in slices for unit in _halve(one, count_pieces, max_pieces)]
 
 
 def _halve(part: str, count_pieces: Callable[[str], int], max_pieces: int) -> list[tuple[str, int]]:

@@ -86,3 +86,15 @@ def test_a_long_sentence_is_cut_at_spaces():
 def test_a_giant_word_is_cut_between_characters():
     passages = split_passages("Start. " + "x" * 40 + " end.", letters, 10)
     assert [passage.strip() for passage in passages] == ["Start.", *["x" * 10] * 4, "end."]
+
+
+def test_passages_of_a_giant_word_are_nearly_full():
+    passages = split_passages("y" * 1000, letters, 40)
+    assert len(passages) == 25
+    assert "".join(passages) == "y" * 1000
+
+
+def test_a_text_too_long_to_count_whole_is_cut_all_the_same():
+    text = "One two three. " * 4_000  # 60,000 characters
+    passages = split_passages(text, words, 100_000)
+    assert passages == [text]
