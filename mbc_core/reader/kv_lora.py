@@ -206,7 +206,7 @@ def adapter_state(model: HfModel) -> dict[str, Tensor]:
     """The LoRA weights by peft's names (without the adapter's name)."""
     from peft import get_peft_model_state_dict
 
-    state: dict[str, Tensor] = get_peft_model_state_dict(model)
+    state: dict[str, Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
     return {name: value.detach() for name, value in state.items()}
 
 

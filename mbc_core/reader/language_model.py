@@ -153,7 +153,9 @@ def _read_gguf(folder: Path, gguf_file: str) -> tuple[HfModel, HfTokenizer]:
     """Dense bfloat16 model and tokenizer of a GGUF file."""
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     # Newer transformers keep GGUF weights packed unless told otherwise; older ones know no such option.
     packed = getattr(transformers, "GgufConfig", None)
     options = {"quantization_config": packed(dequantize=True)} if packed is not None else {}

@@ -94,7 +94,7 @@ class PromptFormat:
             if one in self.stop_ids:
                 break
             kept.append(int(one))
-        lines = str(self.tokenizer.decode(kept, skip_special_tokens=True)).strip().splitlines()
+        lines = self._decode(kept).strip().splitlines()
         return lines[0].strip() if lines else ""
 
     def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
@@ -105,6 +105,9 @@ class PromptFormat:
             "input_ids"
         ]
         return encoded
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def _encode(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -242,11 +242,18 @@ def _base_dtype(model: HfModel) -> torch.dtype:
     return dtype
 
 
+def _require_gradient(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    if torch.is_grad_enabled():
+        output.requires_grad_()
+
+
 def _compile_layers(decoder: HfModel) -> bool:
     """Compile every decoder layer by itself: one compilation serves them all, whatever the batch's shape."""
     layers = getattr(decoder, "layers", None)
     if layers is None:
         return False
+    # Layers whose input needs no gradient would be a second graph, with a minute of compiling of its own.
+    decoder.get_input_embeddings().register_forward_hook(_require_gradient)
     for layer in layers:
         layer.compile(dynamic=True)
     return True
