@@ -11,6 +11,8 @@ import numpy as np
 import numpy.typing as npt
 from apache_beam.utils.shared import Shared
 
+from mbc_core.errors import ModelError
+
 if TYPE_CHECKING:
     from mbc_core.encoder import EncodedPassage
     from mbc_core.lexicon import Lexicon
@@ -95,7 +97,7 @@ def resolve(reference: str) -> Path:
     """``weights:name``, ``asset:minilm`` or a path → a path on this machine.
 
     Raises:
-        ModelError: this installation lacks the weight file.
+        ModelError: there is no such file, or this installation lacks it.
         AssetError: the model cannot be fetched.
     """
     from mbc_core import defaults
@@ -105,7 +107,15 @@ def resolve(reference: str) -> Path:
         return defaults.shipped(reference.removeprefix(SHIPPED))
     if reference == MINILM:
         return ensure("minilm") / ASSETS["minilm"].inside
-    return Path(reference)
+    path = Path(reference)
+    if not path.exists():
+        raise ModelError(
+            "a model or weight file is not there",
+            value=reference,
+            cause="a misspelt path",
+            fix="check the path, or leave the option out to use the release's own",
+        )
+    return path
 
 
 def acquire(source: EncoderSource) -> LoadedEncoder:

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import IO, Any
 
 import apache_beam as beam
-import pyarrow.fs as pafs
 from apache_beam.options.pipeline_options import StandardOptions
 
 from mbc_core.bank import Bank, SliceId, Status, Storage, VisibleKeys, drop_folded_statistics, finished_slices
@@ -47,7 +46,7 @@ from pipelines.read import StagedBatches, drop_duplicates
 from pipelines.readers import read_source
 from pipelines.records import DeadLetters, Tally, require_whole
 from pipelines.sink import write_slice
-from pipelines.sources import STDIN, Found, Source, find_sources
+from pipelines.sources import STDIN, Found, Source, find_sources, open_store
 from pipelines.staging import read_rows, staging_errors, staging_folder
 from schemas.manifest import PROFILES, Manifest
 
@@ -301,8 +300,8 @@ def _id_from_listing(sources: Iterable[Source], settings: IngestSettings) -> str
                 cause="the runner runs on other machines",
                 fix="write the documents to the store and name the file",
             )
-        address = one.path if "://" in one.path else Path(one.path).absolute().as_uri()
-        filesystem, inner = pafs.FileSystem.from_uri(address)
+        address = one.path if "://" in one.path else f"file://{Path(one.path).absolute()}"
+        filesystem, inner = open_store(address)
         info = filesystem.get_file_info(inner)
         told.append(f"{one.path} {info.size} {info.mtime_ns}")
     return _derived_id(hashlib.blake2b("\n".join(told).encode()).hexdigest(), settings)

@@ -19,12 +19,11 @@ from pathlib import Path, PurePosixPath
 from typing import IO, cast
 
 import pyarrow as pa
-import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import zstandard
 
 from mbc_core.errors import BadDocument
-from pipelines.sources import STDIN, Source
+from pipelines.sources import STDIN, Source, open_store
 from schemas.document import MAX_TEXT_BYTES, Document, document_from_bytes, document_from_mapping
 
 MAX_LINE_BYTES = 8 * MAX_TEXT_BYTES
@@ -248,7 +247,7 @@ def open_bytes(path: str, stdin: IO[bytes] | None = None) -> Iterator[IO[bytes]]
         if path == STDIN:
             raw = stdin if stdin is not None else sys.stdin.buffer
         elif "://" in path:
-            filesystem, inner = pafs.FileSystem.from_uri(path)
+            filesystem, inner = open_store(path)
             raw = open_files.enter_context(filesystem.open_input_stream(inner, compression=None))
         else:
             raw = open_files.enter_context(Path(path).open("rb"))
@@ -266,7 +265,7 @@ def open_bytes(path: str, stdin: IO[bytes] | None = None) -> Iterator[IO[bytes]]
 
 def _open_parquet(path: str) -> pa.NativeFile:
     if "://" in path:
-        filesystem, inner = pafs.FileSystem.from_uri(path)
+        filesystem, inner = open_store(path)
         return filesystem.open_input_file(inner)
     Path(path).stat()  # FileNotFoundError with the path's name, as for every other kind
     return pa.OSFile(path, "rb")

@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 import pyarrow as pa
 import pyarrow.fs as pafs
 
+from mbc_core.bank.storage import Storage
 from mbc_core.errors import StorageError, UsageError
 
 STDIN = "-"
@@ -139,7 +140,7 @@ def _remote_paths(given: str) -> Iterator[tuple[str, bool]]:
     base = rest[: min(rest.index(char) for char in _GLOB_CHARACTERS if char in rest)] if pattern else rest
     base = base.rpartition("/")[0] if pattern else base
     try:
-        filesystem, root = pafs.FileSystem.from_uri(f"{scheme}://{base}")
+        filesystem, root = open_store(f"{scheme}://{base}")
         info = filesystem.get_file_info(root)
         if info.type == pafs.FileType.File:
             yield given, True
@@ -155,6 +156,12 @@ def _remote_paths(given: str) -> Iterator[tuple[str, bool]]:
             continue
         if not pattern or fnmatch.fnmatchcase(address, given):
             yield address, False
+
+
+def open_store(address: str) -> tuple[pafs.FileSystem, str]:
+    """File system and inner path of ``s3://…``, ``gs://…`` or ``file://…``, with the credentials the bank uses."""
+    scheme, _, inner = address.partition("://")
+    return (pafs.LocalFileSystem(), inner) if scheme == "file" else (Storage(address).filesystem, inner)
 
 
 def _cannot_open(path: str, cause: str) -> StorageError:

@@ -14,7 +14,7 @@ from oracle import empty_bank, held, plain_loop
 from tiny import POISON, TinySpec, corpus, settings, to_line, write_corpus
 
 from mbc_core.bank import Bank
-from mbc_core.errors import MbcError, StorageError, UsageError
+from mbc_core.errors import DamagedFile, MbcError, ModelError, StorageError, UsageError
 from pipelines import ingest as ingest_module
 from pipelines.ingest import main, run_ingest
 from pipelines.progress import ENCODED
@@ -305,6 +305,26 @@ def test_command_line_prints_json_and_exit_codes(tmp_path, monkeypatch, capsys):
     assert "the source does not exist" in capsys.readouterr().err
     assert main([source, "--bank", str(tmp_path / "bank"), "--window=soon"]) == 2
     assert "the window length cannot be read: 'soon'" in capsys.readouterr().err
+
+
+def test_an_interrupted_command_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ingest_module, "run_ingest", interrupt)
+    assert main(["a.jsonl", "--bank", str(tmp_path / "bank")]) == 1
+    assert "interrupted: finished slices are kept; the same command goes on from here" in capsys.readouterr().err
+
+
+def test_weights_that_are_not_there(tmp_path):
+    source = write_corpus(tmp_path / "a.jsonl", corpus(2))
+    with pytest.raises(ModelError, match=r"a model or weight file is not there: '/nowhere/rotation'"):
+        ingest([source], tmp_path / "bank", settings(tmp_path / "w", rotation="/nowhere/rotation"))
+    damaged = tmp_path / "codebook"
+    damaged.write_bytes(b"not safetensors")
+    with pytest.raises(DamagedFile, match="codebook cannot be read"):
+        ingest([source], tmp_path / "bank", settings(tmp_path / "w", codebook=str(damaged)))
+    assert not (tmp_path / "bank").exists(), "nothing is made before everything is checked"
 
 
 @pytest.mark.slow
