@@ -46,7 +46,7 @@ class Ratios:
     Attributes:
         mac: bytes a document in MAC: T · width · 4.
         indices: the packed codebook indices alone.
-        with_codebook: the indices and every codebook version's file.
+        with_codebook: the indices and the files of all codebook versions, learning state included.
         all_in: the tables `codes` and `documents` as stored, logs included; `all_in` of `mbc inspect`.
         on_disk: every byte of the bank: also codebooks, replay, ledger, adapters.
     """
@@ -67,13 +67,14 @@ def mac_bytes(slots: int, width: int) -> int:
     return slots * width * FLOAT_BYTES
 
 
-def ratios(*, documents: int, slots: int, width: int, address: float, stored: BankBytes) -> Ratios:
+def ratios(*, documents: int, slots: int, width: int, address: float, codebooks: int, stored: BankBytes) -> Ratios:
     """The labelled ratios to MAC's floats on the same backbone and T.
 
     Args:
         documents: how many the bank holds.
         slots, width: T, and the width of the language model.
         address: bytes of all packed indices together.
+        codebooks: bytes of the files of all codebook versions.
         stored: what `mbc inspect` says under ``bytes``.
 
     Raises:
@@ -86,7 +87,7 @@ def ratios(*, documents: int, slots: int, width: int, address: float, stored: Ba
     return Ratios(
         mac=mac,
         indices=address / total,
-        with_codebook=(address + stored["codebooks"]) / total,
+        with_codebook=(address + codebooks) / total,
         all_in=(stored["codes"] + stored["documents"]) / total,
         on_disk=stored["total"] / total,
     )

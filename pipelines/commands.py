@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import click
+from rich.console import Console
 
-from mbc_core.cli.options import bank_option, device_option, json_option, profile_option, window_option
+from mbc_core.cli.options import bank_option, device_option, json_option, profile_option, seed_option, window_option
 from mbc_core.cli.output import note, only_json, out, print_json, table
 
 INGEST_HELP = """Read documents into a bank: encode, quantize, update the codebook, write.
@@ -55,12 +56,46 @@ def ingest(
         if as_json:
             print_json(result, stream)
             return
-    show_ingest(result)
+    show_ingest(result, out())
 
 
-def show_ingest(result: Mapping[str, Any]) -> None:
-    """Counts that add up, on standard output."""
-    console = out()
+@click.command()
+@bank_option
+@click.option("--steps", type=click.IntRange(1), help="Training steps.")
+@click.option("--minutes", type=click.FloatRange(0.01), help="Training time; with --steps, whichever comes first.")
+@seed_option
+@device_option
+@json_option
+def adapt(bank: str, steps: int | None, minutes: float | None, seed: int, device: str, as_json: bool) -> None:
+    """Refresh the reader's adapter against what the bank recalls now, and promote it if it is better.
+
+    Example: mbc adapt --bank my-bank --minutes 10
+    """
+    with only_json(as_json) as stream:
+        from pipelines.adapt import run_adapt, run_of
+
+        result = run_adapt(bank, run_of(steps, minutes, seed), device=device, say=note)
+        if as_json:
+            print_json(result, stream)
+            return
+    show_adapt(result, out())
+
+
+def show_adapt(result: Mapping[str, Any], console: Console) -> None:
+    """Before, after, and what became of the candidate."""
+    before, after = result["before"], result["after"]
+    rows = [
+        [f"held-out questions about {name} documents", f"{before[key]:.1f}", f"{after[key]:.1f}"]
+        for name, key in (("new", "new_f1"), ("old", "old_f1"))
+    ]
+    console.print(table(None, ["F1", "before", "after"], rows))
+    fate = "promoted, it is live now" if result["promoted"] else "not promoted, the adapter before it stays live"
+    console.print(f"Adapter {result['candidate']}: {result['steps']} steps in {result['seconds']:.0f} s; {fate}.")
+    console.print(f"Reason: {result['reason']}", markup=False)
+
+
+def show_ingest(result: Mapping[str, Any], console: Console) -> None:
+    """Counts that add up."""
     parts = ("documents", "duplicates", "replaced", "dead_letters")
     total = result.get("documents_in", sum(result[name] for name in parts))
     console.print(

@@ -7,13 +7,13 @@ import sys
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import click
 
 from mbc_core.cli.options import as_of_option, bank_option, device_option, json_option, k_option, resolve_device
 from mbc_core.cli.output import escape, only_json, out, print_json
 from mbc_core.errors import UsageError
+from schemas.results import AskResult, Source
 
 READS = ("recall", "closed")
 
@@ -36,6 +36,12 @@ READS = ("recall", "closed")
 )
 @k_option
 @as_of_option
+@click.option("--model", metavar="NAME", help="Another language model: a folder or a Hugging Face name.")
+@click.option(
+    "--adapter",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Folder of the adapter to read with, as `mbc train reader` writes it (default: the bank's live one).",
+)
 @device_option
 @json_option
 def ask(
@@ -45,6 +51,8 @@ def ask(
     read: str,
     k: int,
     as_of: datetime | None,
+    model: str | None,
+    adapter: Path | None,
     device: str,
     as_json: bool,
 ) -> None:
@@ -54,10 +62,12 @@ def ask(
     """
     questions = _questions(question, file)
     with only_json(as_json) as stream:
-        from mbc_core.bank import Bank
+        from mbc_core import defaults
         from mbc_core.memory import Reader
 
-        reader = Reader(Bank.open(bank), as_of=as_of, device=resolve_device(device))
+        device = resolve_device(device)
+        named = defaults.language_model(model, device=device) if model else None
+        reader = Reader(bank, language_model=named, adapter=adapter, as_of=as_of, device=device)
         answers = [answer.to_json() for answer in reader.ask_many(questions, k=k, read=read)]
         if as_json:
             print_json(answers[0] if file is None else {"answers": answers}, stream)
@@ -79,10 +89,9 @@ def recall(question: str, bank: str, k: int, as_of: datetime | None, device: str
     Example: mbc recall "Who created the C programming language?" --bank demo-bank --k 3
     """
     with only_json(as_json) as stream:
-        from mbc_core.bank import Bank
         from mbc_core.memory import Memory
 
-        memory = Memory.open(Bank.open(bank), as_of=as_of, device=resolve_device(device))
+        memory = Memory.open(bank, as_of=as_of, device=resolve_device(device))
         (found,) = memory.recall([question], k)
         sources = [one.to_json() for one in found]
         if as_json:
@@ -127,7 +136,7 @@ def _question_of(line: str) -> str:
         ) from error
 
 
-def _show(answer: dict[str, Any]) -> None:
+def _show(answer: AskResult) -> None:
     console = out()
     console.print(f"[bold]Q[/bold] {escape(answer['question'])}")
     console.print(f"[bold]A[/bold] {escape(answer['answer']) or '(nothing)'}")
@@ -136,7 +145,7 @@ def _show(answer: dict[str, Any]) -> None:
     console.print(f"[dim]recall {spent['recall']:.0f} ms, generate {spent['generate']:.0f} ms[/dim]\n")
 
 
-def show_sources(sources: Sequence[dict[str, Any]]) -> None:
+def show_sources(sources: Sequence[Source]) -> None:
     """One line a source: title, time, score, recalled words."""
     for source in sources:
         day = f" [dim]{source['event_time'][:10]}[/dim]" if source["event_time"] else ""

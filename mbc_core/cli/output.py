@@ -15,15 +15,24 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+_WIDTH_WITHOUT_TERMINAL = 120
+
+
+def make_console(*, stderr: bool = False) -> Console:
+    """A console on the standard stream of this moment (so that tests can catch it); lines are never cut."""
+    stream = sys.stderr if stderr else sys.stdout
+    width = None if stream.isatty() or os.environ.get("COLUMNS") else _WIDTH_WITHOUT_TERMINAL
+    return Console(stderr=stderr, highlight=False, soft_wrap=True, width=width)
+
 
 def err() -> Console:
-    """Console for progress, notes and errors (standard error of this moment, so that tests can catch it)."""
-    return Console(stderr=True, highlight=False, soft_wrap=True)
+    """Console for progress, notes and errors."""
+    return make_console(stderr=True)
 
 
 def out() -> Console:
     """Console for results."""
-    return Console(highlight=False, soft_wrap=True)
+    return make_console()
 
 
 def note(line: str) -> None:

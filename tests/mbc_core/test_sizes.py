@@ -21,8 +21,8 @@ def stored(**sizes: int) -> BankBytes:
 
 
 def test_ratios_by_hand():
-    sizes = stored(codes=40, documents=100, codebooks=60, replay=7, other=13)
-    found = ratios(documents=10, slots=2, width=5, address=20, stored=sizes)
+    sizes = stored(codes=40, documents=100, codebooks=61, replay=7, other=12)
+    found = ratios(documents=10, slots=2, width=5, address=20, codebooks=60, stored=sizes)
     assert found.mac == 40
     assert found.indices == pytest.approx(20 / 400)
     assert found.with_codebook == pytest.approx(80 / 400)
@@ -32,7 +32,7 @@ def test_ratios_by_hand():
 
 def test_an_empty_bank_has_no_ratios():
     with pytest.raises(UsageError, match="empty bank has no sizes"):
-        ratios(documents=0, slots=2, width=5, address=0, stored=stored())
+        ratios(documents=0, slots=2, width=5, address=0, codebooks=0, stored=stored())
 
 
 def test_compression_orders_as_it_must():
