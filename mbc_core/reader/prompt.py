@@ -35,7 +35,7 @@ class PromptFormat:
     Attributes:
         start: ids every sequence begins with (none for most models, BOS for some).
         newline: ids that end a memory line.
-        stop_ids: ids that end an answer: end of text and newline.
+        stop_ids: ids that end an answer: every special token, and newline.
     """
 
     def __init__(self, tokenizer: HfTokenizer) -> None:
@@ -44,7 +44,8 @@ class PromptFormat:
         self.newline = self._encode("\n")
         eos = tokenizer.eos_token_id
         self.end = [int(eos)] if eos is not None else self.newline[-1:]
-        self.stop_ids = sorted({*self.end, self.newline[-1]})
+        # Any special token ends an answer: releases of transformers name different ones as a GGUF's end of text.
+        self.stop_ids = sorted({*self.end, *tokenizer.all_special_ids, self.newline[-1]})
 
     def line(self, words: str) -> list[int]:
         """A memory line: a space, the words, a newline. Nothing for a passage without words."""
