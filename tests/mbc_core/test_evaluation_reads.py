@@ -13,6 +13,8 @@ from mbc_core.recall import exhaustive_scores
 from mbc_core.words import choose_words
 from tests.mbc_core.tiny_reader import SLOTS, BagOfWords, documents, language_model, lexicon, pieces
 
+pytestmark = pytest.mark.usefixtures("single_thread")
+
 DOCS = documents(12)
 ENCODER = BagOfWords()
 ROTATION, CODEBOOK = pieces()

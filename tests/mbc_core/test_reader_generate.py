@@ -9,6 +9,8 @@ from mbc_core.reader.generate import answer_prompts, greedy
 from mbc_core.reader.prompt import PromptFormat
 from tests.mbc_core.tiny_reader import language_model
 
+pytestmark = pytest.mark.usefixtures("single_thread")
+
 LENGTHS = (3, 40, 11, 11, 70, 5)
 
 

@@ -24,6 +24,8 @@ from mbc_core.reader.kv_lora import (
 )
 from tests.mbc_core.tiny_reader import gpt2, llama
 
+pytestmark = pytest.mark.usefixtures("single_thread")
+
 CONFIG = KVLoraConfig(r=4, alpha=8, dropout=0.0)
 IDS = torch.tensor([[5, 9, 200, 31, 77, 12]])
 BASE = "ab" * 32

@@ -11,6 +11,8 @@ from mbc_core.errors import AssetError, ModelError
 from mbc_core.reader.language_model import SOURCE_FILE, LanguageModel, load_language_model, weights_digest
 from tests.mbc_core.tiny_reader import llama, tokenizer
 
+pytestmark = pytest.mark.usefixtures("single_thread")
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
