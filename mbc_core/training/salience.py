@@ -44,12 +44,13 @@ class SalienceRecipe:
     """How to train.
 
     Attributes:
-        steps, batch: optimizer steps, passages a step.
+        steps, batch: optimizer steps, passages a step. On 27,000 passages the held-out shares peaked near step 340
+            of 1,700, so the schedule is short.
         minutes: stop after this long; the schedule then runs by time where time is the tighter limit.
         evaluate_every, checkpoint_every: in steps.
     """
 
-    steps: int = 1700
+    steps: int = 400
     batch: int = 512
     seed: int = 0
     minutes: float | None = None
@@ -57,8 +58,8 @@ class SalienceRecipe:
     weight_decay: float = 0.01
     dropout: float = 0.1
     warm_up: int = 50
-    evaluate_every: int = 340
-    checkpoint_every: int = 340
+    evaluate_every: int = 80
+    checkpoint_every: int = 80
     shape: SalienceShape = field(default_factory=SalienceShape)
 
 
