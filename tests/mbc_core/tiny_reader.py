@@ -172,9 +172,10 @@ def make_bank(where: Path, docs: Sequence[Doc], *, words: int = 24, **changes: o
     return bank
 
 
-def add_documents(bank: Bank, docs: Sequence[Doc], ingest_id: str) -> None:
+def add_documents(bank: Bank, docs: Sequence[Doc], ingest_id: str, codebook: Codebook | None = None) -> None:
     """What the pipeline does, for a few documents at once."""
-    rotation, codebook = pieces()
+    rotation, first = pieces()
+    codebook = codebook or first
     encoder, chosen = BagOfWords(), lexicon()
     codes, rows, replay = [], [], []
     for doc in docs:
@@ -190,7 +191,7 @@ def add_documents(bank: Bank, docs: Sequence[Doc], ingest_id: str) -> None:
             codes.append(
                 shared
                 | {"passage": number, "window": window, "address": packed[number].tobytes()}
-                | {"words": words_to_bytes(words), "codebook_version": 0}
+                | {"words": words_to_bytes(words), "codebook_version": codebook.version}
             )
         digest = hashlib.sha256(doc.text.encode()).digest()[:16]
         rows.append(
@@ -204,7 +205,7 @@ def add_documents(bank: Bank, docs: Sequence[Doc], ingest_id: str) -> None:
     ledger = {
         "ingest_id": ingest_id, "slice": "0", "window": "2024-07-01T00:00:00Z", "pane": 0, "documents_in": len(docs),
         "documents": len(docs), "passages": len(codes), "duplicates": 0, "replaced": 0,
-        "dead_letters": json.dumps({}), "codebook_version": 0, "statistics": None,
+        "dead_letters": json.dumps({}), "codebook_version": codebook.version, "statistics": None,
     }  # fmt: skip
     tables = ((codes, CODES), (rows, DOCUMENTS), (replay, REPLAY), ([], DEAD_LETTER), ([ledger], LEDGER))
     commit_slice(bank, SliceRows(*(_table(*one) for one in tables)), ingest_id, "0")
