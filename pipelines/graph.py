@@ -115,6 +115,7 @@ def run(pipeline: beam.Pipeline) -> PipelineResult:
 
     Raises:
         MbcError: of the kind a worker raised, with its message; anything else as it comes.
+        KeyboardInterrupt: the user stopped it; Beam reports that as an error of the step that ran.
     """
     try:
         result = pipeline.run()
@@ -122,6 +123,8 @@ def run(pipeline: beam.Pipeline) -> PipelineResult:
     except MbcError as error:
         raise _with_message(type(error), _STEP.sub("", str(error))) from error
     except Exception as error:
+        if _STEP.sub("", str(error)) == "KeyboardInterrupt":
+            raise KeyboardInterrupt from None
         found = error_of(str(error))
         if found is None:
             raise
@@ -133,7 +136,7 @@ class _NoExpectedTracebacks(logging.Filter):
     """Our own errors are raised with all they have to say; Beam need not print their tracebacks too."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        return not (record.exc_info and isinstance(record.exc_info[1], MbcError))
+        return not (record.exc_info and isinstance(record.exc_info[1], MbcError | KeyboardInterrupt))
 
 
 logging.getLogger("apache_beam.runners.common").addFilter(_NoExpectedTracebacks())

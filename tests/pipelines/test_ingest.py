@@ -316,6 +316,17 @@ def test_an_interrupted_command_says_how_to_go_on(tmp_path, monkeypatch, capsys)
     assert "interrupted: finished slices are kept; the same command goes on from here" in capsys.readouterr().err
 
 
+def test_an_interrupt_inside_a_step_stays_an_interrupt(tmp_path, monkeypatch):
+    def interrupt(self, texts, progress=None):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tiny.TinyEncoder.encode", interrupt)
+    given = settings(tmp_path / "w")
+    with pytest.raises(KeyboardInterrupt):
+        ingest([write_corpus(tmp_path / "a.jsonl", corpus(3))], tmp_path / "bank", given)
+    assert list(given.staging.iterdir()) == []
+
+
 def test_weights_that_are_not_there(tmp_path):
     source = write_corpus(tmp_path / "a.jsonl", corpus(2))
     with pytest.raises(ModelError, match=r"a model or weight file is not there: '/nowhere/rotation'"):
