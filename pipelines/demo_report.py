@@ -74,7 +74,7 @@ def show_sizes(console: Console, bank: Bank, found: Mapping[str, Any], texts: Co
     labelled = [
         ["indices: address codes alone", share.indices],
         [
-            f"with the codebook: its {len(books)} {'version' if len(books) == 1 else 'versions'}, learning state included",
+            f"with the codebook: and its files, {len(books)} in all",
             share.with_codebook,
         ],
         ["all-in: tables codes and documents, with logs", share.all_in],
