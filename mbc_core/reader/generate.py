@@ -1,4 +1,7 @@
-"""Greedy answers, in batches sorted by length; a question answered alone or in company gets the same answer."""
+"""Greedy answers, in batches sorted by length.
+
+In float32 a question gets the same answer alone and in company; in bfloat16 padding may tip a near tie.
+"""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from mbc_core.errors import AssetError, ModelError
+from mbc_core.errors import AssetError, UsageError
 from mbc_core.reader.language_model import SOURCE_FILE, LanguageModel, load_language_model, weights_digest
 from tests.mbc_core.tiny_reader import llama, tokenizer
 
@@ -23,7 +23,7 @@ def folder(tmp_path_factory):
 
 
 def test_a_folder_is_loaded_frozen_and_as_it_was_saved(folder):
-    found = load_language_model(folder)
+    found = load_language_model(folder, dtype="float32")
     ids = torch.tensor([[1, 2, 3]])
     assert torch.equal(found.model(input_ids=ids).logits, llama()(input_ids=ids).logits)
     assert not any(one.requires_grad for one in found.model.parameters()) and not found.model.training
@@ -31,10 +31,12 @@ def test_a_folder_is_loaded_frozen_and_as_it_was_saved(folder):
     assert found.digest == weights_digest(folder)
 
 
-def test_precision_is_what_was_asked_for(folder):
+def test_precision_is_what_was_asked_for(folder, monkeypatch):
     assert load_language_model(folder, dtype="bfloat16").model.dtype == torch.bfloat16
-    assert load_language_model(folder, dtype="auto").model.dtype == torch.float32  # on a CPU
-    with pytest.raises(ModelError, match=r"the precision is not known: 'int3'"):
+    for able, chosen in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr("mbc_core.encoder.passage_encoder._cpu_has_bfloat16", lambda able=able: able)
+        assert load_language_model(folder, dtype="auto").model.dtype == chosen
+    with pytest.raises(UsageError, match=r"unknown precision: 'int3'"):
         load_language_model(folder, dtype="int3")
 
 
@@ -77,7 +79,7 @@ def test_a_model_without_pad_or_end_token_still_has_a_filler(folder):
 @pytest.mark.slow
 def test_a_gguf_file_becomes_dense_weights_once(assets):
     cache = assets.cache / "language-models"
-    found = load_language_model(assets.smollm2.folder, assets.smollm2.file, cache=cache)
+    found = load_language_model(assets.smollm2.folder, assets.smollm2.file, dtype="float32", cache=cache)
     (converted,) = [one.parent for one in cache.glob(f"*/{SOURCE_FILE}")]
     assert json.loads((converted / SOURCE_FILE).read_text())["digest"] == found.digest
     assert {type(one).__name__ for one in found.model.modules() if hasattr(one, "weight")} <= {

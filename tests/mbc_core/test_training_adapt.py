@@ -14,14 +14,11 @@ import pytest
 import torch
 
 from mbc_core import defaults
-from mbc_core.adapters import AdapterRegistry
 from mbc_core.errors import DamagedFile, UsageError
 from mbc_core.memory import Memory
 from mbc_core.reader.kv_lora import KVLoraConfig, adapter_state, add_kv_lora, load_adapter, save_adapter
 from mbc_core.reader.prompt import PromptFormat
-from mbc_core.training import refresh as refresh_module
 from mbc_core.training.adapt import AdaptRun, adapt, compose, decide, judge
-from mbc_core.training.refresh import refresh_adapter
 from mbc_core.training.replay_set import Example, build_training_set, load_examples, save_examples
 from tests.mbc_core.tiny_reader import (
     BagOfWords,
@@ -245,50 +242,6 @@ print(made.steps, sorted(one.name for one in made.folder.iterdir()))
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.split("\n")[0] == "1 ['adapter_config.json', 'adapter_model.safetensors']"
-
-
-# -------------------------------------------------------------------------------------------------- both, in the bank
-
-
-def test_a_better_candidate_goes_live_and_a_worse_one_does_not(tmp_path, monkeypatch):
-    bank = make_bank(tmp_path / "bank", DOCS)
-    registry, base = AdapterRegistry(bank), language_model().digest
-    gains = iter([(5.0, 0.0), (-5.0, 0.0)])
-
-    def judged(*arguments, real=refresh_module.adapt, **options):
-        made = real(*arguments, **options)
-        new, old = next(gains)
-        after = {"new_f1": made.before["new_f1"] + new, "old_f1": made.before["old_f1"] + old}
-        promote, reason = decide(made.before, after)
-        return replace(made, after=after, promote=promote, reason=reason)
-
-    monkeypatch.setattr(refresh_module, "adapt", judged)
-    first = refresh_adapter(open_memory(bank), RUN, language_model=language_model(), keep_examples=tmp_path / "set.gz")
-    assert list(first) == ["candidate", "promoted", "reason", "steps", "seconds", "before", "after"]
-    assert first["promoted"] and registry.live(base) == first["candidate"] and first["steps"] == 3
-    card = registry.info(first["candidate"]).card
-    assert card["parent"] is None and card["after"] == first["after"] and card["base"] == "tiny-llama"
-    assert len(load_examples(tmp_path / "set.gz")) == 24
-    second = refresh_adapter(open_memory(bank), RUN, language_model=language_model())
-    assert not second["promoted"] and registry.live(base) == first["candidate"]
-    assert registry.info(second["candidate"]).card["parent"] == first["candidate"]
-    assert registry.problems() == []
-
-
-def test_the_next_adaptation_counts_as_new_what_came_after_the_last(tmp_path, monkeypatch):
-    bank = make_bank(tmp_path / "bank", DOCS[:16])
-    seen = []
-
-    def noting(*arguments, real=refresh_module.build_training_set, **options):
-        seen.append(options["since"])
-        return real(*arguments, **options)
-
-    monkeypatch.setattr(refresh_module, "build_training_set", noting)
-    monkeypatch.setattr("mbc_core.training.adapt.decide", lambda before, after: (True, "always"))
-    began = datetime.now(UTC).replace(microsecond=0)
-    for _ in range(2):
-        refresh_adapter(open_memory(bank), replace(RUN, steps=1), language_model=language_model())
-    assert seen[0] is None and began <= seen[1] <= datetime.now(UTC)
 
 
 def test_random_state_outside_is_not_needed(tmp_path, memory):
