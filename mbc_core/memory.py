@@ -179,6 +179,11 @@ class Memory:
         sizes = [pc.mean(pc.binary_length(self._passages[name])).as_py() for name in ("address", "words")]
         return float(sum(size or 0.0 for size in sizes))
 
+    @property
+    def passages(self) -> pa.Table:
+        """What :meth:`mbc_core.bank.Bank.passages` gave when the memory was opened; row numbers point into it."""
+        return self._passages
+
     def keys(self) -> NDArray[np.int64]:
         """Document key of every row."""
         return np.asarray(self._passages["key"].to_numpy(), dtype=np.int64)

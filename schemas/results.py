@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypedDict
+from typing import Any, TypedDict
 
 
 class IngestResult(TypedDict):
@@ -119,10 +119,123 @@ class EvalRow(TypedDict):
     milliseconds: float
 
 
-class EvalResult(TypedDict):
-    """``mbc eval``."""
+class Compared(TypedDict):
+    """A row beside another one, over the same questions: differences in points, ``f1_share`` in percent of its F1.
 
-    rows: list[EvalRow]
+    ``f1_share`` is None when the other's F1 is next to nothing.
+    """
+
+    against: str
+    em: float
+    em_low: float
+    em_high: float
+    f1: float
+    f1_low: float
+    f1_high: float
+    f1_share: float | None
+    f1_share_low: float | None
+    f1_share_high: float | None
+
+
+class MeasuredRow(EvalRow):
+    """A row of ``mbc eval``. ``milliseconds`` is a question's recall and generation together.
+
+    ``name`` is unique; ``adapter`` says who answered; ``passages_shown`` is the mean that fitted into the prompt.
+    """
+
+    name: str
+    adapter: str
+    passages_shown: float
+    milliseconds_recall: float
+    milliseconds_generate: float
+    compared: list[Compared]
+
+
+class RecallAt(TypedDict):
+    """R@k in percent; ``share`` is the codes' in percent of the float embedding's (None: not searched, or nothing)."""
+
+    k: int
+    by_code: float
+    by_code_low: float
+    by_code_high: float
+    by_float: float | None
+    share: float | None
+    share_low: float | None
+    share_high: float | None
+
+
+class RecallFigures(TypedDict):
+    """How well one kind of address finds the passage that answers; ``bytes`` a passage."""
+
+    profile: str
+    T: int
+    bytes: int
+    passages: int
+    questions: int
+    at: list[RecallAt]
+
+
+class StoredBytes(BytesPerPassage):
+    """Bytes a passage of one profile's bank; ``codebooks`` is the size of all codebook files together."""
+
+    profile: str
+    passages: int
+    codebooks: int
+
+
+class TextBytes(TypedDict):
+    """Bytes a passage of the same texts; ``codes`` is every word as a 16-bit code.
+
+    ``zstd_dictionary`` is with a dictionary of ``dictionary`` bytes trained on these texts, not counted.
+    """
+
+    passages: int
+    text: float
+    zstd: float
+    zstd_dictionary: float
+    dictionary: int
+    codes: float | None
+
+
+class RetentionRow(TypedDict):
+    """F1 on the first documents' questions when the stream has brought ``documents``.
+
+    ``above_closed`` and ``above_shuffled`` are points; ``relative`` is ``above_closed`` and ``f1_relative`` is F1, in
+    percent of the first row's (None when that is next to nothing).
+    """
+
+    documents: int
+    questions: int
+    f1: float
+    f1_low: float
+    f1_high: float
+    shuffled_f1: float | None
+    closed: str
+    closed_f1: float
+    above_closed: float
+    above_closed_low: float
+    above_closed_high: float
+    above_shuffled: float | None
+    above_shuffled_low: float | None
+    above_shuffled_high: float | None
+    relative: float | None
+    relative_low: float | None
+    relative_high: float | None
+    f1_relative: float | None
+    f1_relative_low: float | None
+    f1_relative_high: float | None
+
+
+class EvalResult(TypedDict):
+    """``mbc eval``; ``retention`` is empty unless the stream was asked for."""
+
+    rows: list[MeasuredRow]
+    recall: list[RecallFigures]
+    bytes: list[StoredBytes]
+    texts: TextBytes | None
+    retention: list[RetentionRow]
+    settings: dict[str, Any]
+    notes: list[str]
 
 
 class AdaptScores(TypedDict):

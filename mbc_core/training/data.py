@@ -148,7 +148,7 @@ def cut_passages(
         parts = split_passages(passage.text, count_pieces, max_pieces)
         owned: list[list[tuple[str, tuple[str, ...]]]] = [[] for _ in parts]
         for question, answers in passage.questions if parts else ():
-            owned[_part_for(question, answers, parts)].append((question, answers))
+            owned[part_for(question, answers, parts)].append((question, answers))
         for number, (part, asked) in enumerate(zip(parts, owned, strict=True)):
             name = passage.passage_id if number == 0 else f"{passage.passage_id}#{number}"
             result.append(replace(passage, passage_id=name, text=part, questions=tuple(asked)))
@@ -186,7 +186,11 @@ def _merge(
     ]
 
 
-def _part_for(question: str, answers: Sequence[str], parts: Sequence[str]) -> int:
+def part_for(question: str, answers: Sequence[str], parts: Sequence[str]) -> int:
+    """Which of a text's ``parts`` answers: of those that hold an answer, the one sharing most words with the question.
+
+    When none holds an answer, all are considered.
+    """
     if len(parts) == 1:
         return 0
     holding = [n for n, part in enumerate(parts) if any(answer.lower() in part.lower() for answer in answers)]

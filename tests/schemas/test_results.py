@@ -20,7 +20,16 @@ KEYS = {
     "CodebookFigures": "version K T used perplexity resets",
     "EvalRow": "read profile k em em_low em_high em_prefix f1 f1_low f1_high questions bytes_per_passage "
     "prompt_tokens milliseconds",
-    "EvalResult": "rows",
+    "EvalResult": "rows recall bytes texts retention settings notes",
+    "MeasuredRow": "name adapter passages_shown milliseconds_recall milliseconds_generate compared",
+    "Compared": "against em em_low em_high f1 f1_low f1_high f1_share f1_share_low f1_share_high",
+    "RecallFigures": "profile T bytes passages questions at",
+    "RecallAt": "k by_code by_code_low by_code_high by_float share share_low share_high",
+    "StoredBytes": "profile passages codebooks",
+    "TextBytes": "passages text zstd zstd_dictionary dictionary codes",
+    "RetentionRow": "documents questions f1 f1_low f1_high shuffled_f1 closed closed_f1 above_closed above_closed_low "
+    "above_closed_high above_shuffled above_shuffled_low above_shuffled_high relative relative_low relative_high "
+    "f1_relative f1_relative_low f1_relative_high",
     "AdaptResult": "candidate promoted reason steps seconds before after",
     "AdaptScores": "new_f1 old_f1",
     "ForgetResult": "forgotten not_found receipt",
