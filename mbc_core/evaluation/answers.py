@@ -1,0 +1,155 @@
+"""Answers a question sheet with a language model and scores it: rows with paired intervals, retention.
+
+Needs torch, transformers and peft; no bank.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mbc_core.errors import UsageError
+from mbc_core.evaluation.metrics import exact_match, f1, prefix_match
+from mbc_core.evaluation.sheet import Adapter, Sheet, Shown
+from mbc_core.reader.generate import NEW_TOKENS, answer_prompts
+from mbc_core.reader.kv_lora import load_adapter
+from mbc_core.reader.language_model import LanguageModel
+from mbc_core.reader.prompt import PromptFormat
+
+Float64 = NDArray[np.float64]
+MAX_PROMPT = 4096
+"""Tokens of a prompt at most, if the model reads as many: ten whole passages fit."""
+
+
+@dataclass(frozen=True, slots=True)
+class Adapters:
+    """Folders of the adapters that answer; None: the base model as it is for ``own``, otherwise not given."""
+
+    own: Path | None = None
+    closed: Path | None = None
+    text: Path | None = None
+
+    def has(self, adapter: Adapter) -> bool:
+        """Whether reads of this adapter can be answered."""
+        return adapter == "own" or self.folder(adapter) is not None
+
+    def folder(self, adapter: Adapter) -> Path | None:
+        """Where it lies."""
+        return cast("Path | None", getattr(self, adapter))
+
+
+@dataclass(frozen=True, eq=False)
+class Answered:
+    """One read with its answers.
+
+    Attributes:
+        em, prefix, f1: float64 [questions], per cent of each question.
+        prompt_tokens, passages: means a question.
+        generate_ms: a question.
+    """
+
+    shown: Shown
+    predictions: list[str]
+    em: Float64
+    prefix: Float64
+    f1: Float64
+    prompt_tokens: float
+    passages: float
+    generate_ms: float
+
+
+def answer_sheet(
+    sheet: Sheet,
+    base: LanguageModel,
+    adapters: Adapters,
+    *,
+    max_prompt: int = MAX_PROMPT,
+    batch_tokens: int | None = None,
+    progress: Callable[[int], None] | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> list[Answered]:
+    """Answer every read whose adapter is given, in the sheet's order.
+
+    Args:
+        base: the language model, without adapter.
+        batch_tokens: most tokens of a batch; what suits the device when None.
+        progress: told how many more questions are answered.
+        say: told each read when it is done.
+
+    Raises:
+        UsageError: the sheet asks nothing.
+        ModelError, DamagedFile: an adapter belongs to another model or is damaged.
+    """
+    chosen = [one for one in sheet.shown if adapters.has(one.adapter) and one.questions]
+    if not chosen:
+        raise UsageError("there is nothing to answer", value=len(sheet.shown), fix="give a sheet with questions")
+    done: dict[int, Answered] = {}
+    for adapter in dict.fromkeys(one.adapter for one in chosen):
+        with adapted(base, adapters.folder(adapter)) as model:
+            for one in (one for one in chosen if one.adapter == adapter):
+                done[id(one)] = answered = _answer(sheet, one, model, max_prompt, batch_tokens, progress)
+                say(f"{label(one)}: F1 {answered.f1.mean():.1f}, EM {answered.em.mean():.1f}")
+    return [done[id(one)] for one in chosen]
+
+
+@contextmanager
+def adapted(base: LanguageModel, folder: Path | None) -> Iterator[LanguageModel]:
+    """``base`` with the adapter of ``folder`` while inside; the base itself for None, and again afterwards."""
+    if folder is None:
+        yield base
+        return
+    model, _ = load_adapter(base.model, folder, base_digest=base.digest)
+    try:
+        yield replace(base, model=model.eval())
+    finally:
+        model.unload()
+        if hasattr(base.model, "peft_config"):
+            del base.model.peft_config  # else the next adapter is taken for a second one
+
+
+def label(shown: Shown) -> str:
+    """Unique name of a row: ``recall/default@5``, ``text@5``, ``closed``."""
+    profile = f"/{shown.profile}" if shown.profile not in ("-", "text") else ""
+    k = f"@{shown.k}" if shown.k else ""
+    stream = f" after {shown.documents}" if shown.documents is not None else ""
+    return f"{shown.read}{profile}{k}{stream}"
+
+
+def score(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> Mapping[str, Float64]:
+    """Per cent of every question: strict EM, the paper's prefix EM, F1."""
+    pairs = list(zip(predictions, answers, strict=True))
+    metrics = {"em": exact_match, "prefix": prefix_match, "f1": f1}
+    return {name: 100 * np.array([metric(*pair) for pair in pairs]) for name, metric in metrics.items()}
+
+
+def _answer(
+    sheet: Sheet,
+    shown: Shown,
+    model: LanguageModel,
+    max_prompt: int,
+    batch_tokens: int | None,
+    progress: Callable[[int], None] | None,
+) -> Answered:
+    form = PromptFormat(model.tokenizer)
+    room = min(max_prompt, model.context - NEW_TOKENS)
+    asked = [sheet.questions[place] for place in shown.questions]
+    began = time.perf_counter()
+    prompts = [form.build(lines, asked[place], room) for place, lines in enumerate(sheet.memory(shown))]
+    size = batch_tokens or (131_072 if model.device.type == "cuda" else 8_192)
+    predictions = answer_prompts(model, form, [one.ids for one in prompts], batch_tokens=size, progress=progress)
+    spent = 1e3 * (time.perf_counter() - began) / len(asked)
+    return Answered(
+        shown,
+        predictions,
+        **score(predictions, [sheet.answers[place] for place in shown.questions]),
+        prompt_tokens=float(np.mean([len(one.ids) for one in prompts])),
+        passages=float(np.mean([one.lines for one in prompts])),
+        generate_ms=spent,
+    )
