@@ -33,6 +33,7 @@ EVALUATED_LINES = 5
 _OLD_MAY_LOSE = 1.0  # points of F1
 _MEMORY_SIZES = (1, 3, 5, 8)
 _NO_MEMORY = 0.04
+_ENDS_SEEN = 8
 _SHUFFLED = 0.5
 
 
@@ -43,14 +44,14 @@ class AdaptRun:
     Attributes:
         steps, minutes: the run ends at whichever comes first; None leaves it to the other.
         batch: questions a step.
-        batch_tokens: padded tokens of one forward pass.
+        batch_tokens: padded tokens of one forward pass; about 2 MB of memory each on a 135M model.
         lr: highest learning rate: a tenth of the first training's, since few questions are seen.
     """
 
     steps: int | None = 60
     minutes: float | None = None
     batch: int = 16
-    batch_tokens: int = 4096
+    batch_tokens: int = 1024
     lr: float = 1e-4
     seed: int = 0
 
@@ -122,8 +123,11 @@ def adapt(
             cause="no question of the training split had its document recalled",
             fix="ingest more documents",
         )
+    read_before = hasattr(language_model.model, "peft_config")
     language_model, config = _trainable(language_model, run.seed)
     form, room = PromptFormat(language_model.tokenizer), prompt_room(language_model)
+    if read_before:
+        form.end = learned_end(language_model, form, training)
     before = judge(examples, language_model, form, room)
     say(f"before: F1 {_shown(before)}")
     trainer = Trainer(language_model, Schedule(run.steps, run.minutes and run.minutes * 60, run.lr), seed=run.seed)
@@ -154,6 +158,28 @@ def decide(before: AdaptScores, after: AdaptScores) -> tuple[bool, str]:
     if new <= 0:
         return False, f"{told}: no better on new documents"
     return True, told
+
+
+def learned_end(language_model: LanguageModel, form: PromptFormat, examples: Sequence[Example]) -> list[int]:
+    """The token with which an adapted model ends its answers.
+
+    Releases of transformers name different tokens as a GGUF's end of text. Teaching an adapter another one than it
+    was first trained with would cost it many steps, and its answers.
+
+    Args:
+        examples: the first few are looked at.
+
+    Returns:
+        the one likeliest of ``form.stop_ids`` after the true answers.
+    """
+    total = torch.zeros(len(form.stop_ids))
+    for one in examples[:_ENDS_SEEN]:
+        answered = form.answer(one.answer)[: -len(form.end)]
+        ids = [*form.build([one.true_line], one.question).ids, *answered]
+        with torch.no_grad():
+            logits = language_model.model(input_ids=torch.tensor([ids], device=language_model.device)).logits[0, -1]
+        total += torch.log_softmax(logits.float(), -1)[form.stop_ids].cpu()
+    return [form.stop_ids[int(total.argmax())]]
 
 
 def judge(examples: Sequence[Example], language_model: LanguageModel, form: PromptFormat, room: int) -> AdaptScores:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from datetime import UTC, datetime
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from mbc_core.errors import DamagedFile, UsageError
 from mbc_core.memory import Memory
 from mbc_core.reader.kv_lora import KVLoraConfig, adapter_state, add_kv_lora, load_adapter, save_adapter
 from mbc_core.reader.prompt import PromptFormat
-from mbc_core.training.adapt import AdaptRun, adapt, compose, decide, judge
+from mbc_core.training.adapt import AdaptRun, adapt, compose, decide, judge, learned_end
 from mbc_core.training.replay_set import Example, build_training_set, load_examples, save_examples
 from tests.mbc_core.tiny_reader import (
     BagOfWords,
@@ -253,3 +254,39 @@ def test_random_state_outside_is_not_needed(tmp_path, memory):
         adapt(examples, language_model(), tmp_path / name, RUN)
         made.append((tmp_path / name / "adapter_model.safetensors").read_bytes())
     assert made[0] == made[1]
+
+
+# ------------------------------------------------------------------------------------------------ how answers end
+
+
+class EndsWith(torch.nn.Module):
+    """A model to which one token is always the likeliest, another nearly so."""
+
+    def __init__(self, likeliest: int, vocabulary: int) -> None:
+        super().__init__()
+        self.bias = torch.nn.Parameter(torch.zeros(vocabulary))
+        self.bias.data[likeliest] = 5.0
+        self.seen: list[list[int]] = []
+
+    def forward(self, input_ids):
+        self.seen += input_ids.tolist()
+        return SimpleNamespace(logits=self.bias.expand(1, input_ids.shape[1], -1))
+
+
+@pytest.mark.parametrize("place", [0, -1])
+def test_an_adapter_keeps_the_end_of_answers_it_has_learned(memory, place):
+    form = PromptFormat(tiny_tokenizer())
+    end = form.stop_ids[place]
+    stub = EndsWith(end, len(tiny_tokenizer()))
+    examples = build_training_set(memory, lines=4)
+    assert learned_end(replace(language_model(), model=stub), form, examples) == [end]
+    answered = form.answer(examples[0].answer)[: -len(form.end)]
+    assert stub.seen[0][-len(answered) :] == answered
+
+
+def test_a_fresh_adapter_learns_the_tokenizers_own_end(memory, tmp_path, monkeypatch):
+    def never(*_):
+        raise AssertionError("the base alone has learned no end of answers")
+
+    monkeypatch.setattr("mbc_core.training.adapt.learned_end", never)
+    adapt(build_training_set(memory, lines=4), language_model(), tmp_path, replace(RUN, steps=1))
