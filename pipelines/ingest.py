@@ -118,6 +118,7 @@ def _open(uri: str, settings: IngestSettings) -> _Opened:
     book_path = resolve(codebook_of(settings, profile))
     book = Codebook.from_bytes(book_path.read_bytes(), str(book_path))
     words = profile.words > 0 and loaded.lexicon is not None
+    salt = {"key_salt": settings.key_salt} if settings.key_salt is not None else {}
     manifest = Manifest(
         profile=profile.name,
         encoder=loaded.encoder.encoder_id,
@@ -129,6 +130,7 @@ def _open(uri: str, settings: IngestSettings) -> _Opened:
         salience=loaded.encoder.salience_digest if words else "",
         lexicon=loaded.lexicon.digest if words and loaded.lexicon is not None else "",
         window_seconds=settings.window_seconds or (there.window_seconds if there else DAY),
+        **salt,
     )
     return _Opened(Bank.open_or_create(uri, manifest, book), source, rotation)
 

@@ -1,4 +1,4 @@
-"""Console script ``mbc``: the core's commands, and those that run pipelines (ingest, adapt, demo)."""
+"""Console script ``mbc``: the core's commands, and those that run pipelines (ingest, adapt, eval, demo)."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ PIPELINE_COMMANDS = {
     "demo": ("pipelines.demo", "demo"),
     "ingest": ("pipelines.commands", "ingest"),
     "adapt": ("pipelines.commands", "adapt"),
+    "eval": ("pipelines.eval_command", "evaluate"),
 }
 
 HELP = """Compressed memory banks that keep a language model's knowledge current.
@@ -21,7 +22,9 @@ Start with `mbc demo`. Exit codes: 0 done, 1 failed, 2 wrong use.
 
 def build() -> LazyGroup:
     """All commands of ``mbc``, none of them imported yet."""
-    group = LazyGroup("mbc", lazy={**PIPELINE_COMMANDS, **COMMANDS}, context_settings=SETTINGS, help=HELP)
+    # Those of the pipelines come first in the list, and win where both have one.
+    lazy = {**PIPELINE_COMMANDS, **COMMANDS, **PIPELINE_COMMANDS}
+    group = LazyGroup("mbc", lazy=lazy, context_settings=SETTINGS, help=HELP)
     return _with_version(group)
 
 

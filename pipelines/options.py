@@ -38,6 +38,8 @@ class IngestSettings:
         staging: folder for the texts of a run; the system's temporary folder when None.
         encoder: what encodes, if not the default. rotation, codebook: files or ``weights:`` references, if not the
             shipped ones. update_rule: when the codebook is updated.
+        key_salt: 32 hex digits that key the document hashes of a new bank; random when None. Only banks that must come
+            out the same each time, and are thrown away, should fix it.
     """
 
     profile: str | None = None
@@ -55,6 +57,7 @@ class IngestSettings:
     rotation: str | None = None
     codebook: str | None = None
     update_rule: UpdateRule | None = None
+    key_salt: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("slice_documents", "batch_documents", "shards"):

@@ -1,6 +1,7 @@
-"""The command line without Beam: ask, recall, inspect, export, adapters, train.
+"""The command line without Beam: ask, recall, inspect, export, eval, adapters, train.
 
-`mbc` (pipelines/main.py) adds ingest, adapt and demo; ``python -m mbc_core.cli`` is this half alone.
+`mbc` (pipelines/main.py) adds ingest, adapt and demo, and lets eval build banks; ``python -m mbc_core.cli`` is this
+half alone.
 """
 
 from mbc_core.cli.app import cli, run

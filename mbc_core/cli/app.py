@@ -18,6 +18,7 @@ COMMANDS = {
     "recall": ("mbc_core.cli.ask", "recall"),
     "inspect": ("mbc_core.cli.bank", "inspect"),
     "export": ("mbc_core.cli.bank", "export"),
+    "eval": ("mbc_core.cli.evaluate", "evaluate"),
     "adapters": ("mbc_core.cli.adapters", "adapters"),
     "train": ("mbc_core.cli.train", "train"),
 }
