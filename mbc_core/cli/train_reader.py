@@ -1,4 +1,4 @@
-"""`mbc train reader`: KV-LoRA v0 from prepared data."""
+"""`mbc train reader`: KV-LoRA v0, or one of its equally trained rivals, from prepared data."""
 
 from __future__ import annotations
 
@@ -32,6 +32,13 @@ def _named_folders(
 @click.option("--codebook", "codebook_file", type=_FILE, required=True, help="Codebook of the address codes (T = 24).")
 @click.option("--rotation", "rotation_file", type=_FILE, required=True, help="Rotation of the address codes.")
 @click.option("--out", "out_dir", type=click.Path(path_type=Path), required=True, help="Folder for the adapter.")
+@click.option(
+    "--memory",
+    type=click.Choice(("words", "text", "none")),
+    default="words",
+    show_default=True,
+    help="What stands before a question: a bank's words; or for the fair rivals of `mbc eval` full text, or nothing.",
+)
 @click.option(
     "--minutes", type=float, default=5.0, show_default=True, help="Length of the run; 0 leaves it to --steps."
 )
@@ -67,6 +74,7 @@ def reader_command(
     codebook_file: Path,
     rotation_file: Path,
     out_dir: Path,
+    memory: str,
     minutes: float,
     steps: int | None,
     call_minutes: float | None,
@@ -95,6 +103,7 @@ def reader_command(
     from mbc_core.reader.kv_lora import KVLoraConfig
     from mbc_core.reader.language_model import load_language_model
     from mbc_core.training.reader import ReaderRun, train_reader
+    from mbc_core.training.rivals import mixture_of
 
     card = train_reader(
         prepared,
@@ -114,6 +123,7 @@ def reader_command(
             compile_layers=compile_layers,
             evaluate_questions=evaluate_questions,
             kv_lora=KVLoraConfig(r=rank, alpha=2 * rank),
+            mixture=mixture_of(memory),
         ),
         targets=targets.split(",") if targets else None,
         evaluate=dict(evaluate),

@@ -1,4 +1,4 @@
-"""Trains KV-LoRA v0: the adapter that lets a frozen language model read telegraphic memory lines."""
+"""Trains KV-LoRA v0: the adapter that lets a frozen language model read telegraphic memory lines; and its rivals."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from mbc_core.reader.prompt import PromptFormat
 from mbc_core.training.batches import MicroBatch, micro_batches, prefetched, steps_of
 from mbc_core.training.loop import Clock, Schedule, Trainer, load_checkpoint, save_checkpoint
 from mbc_core.training.prepared import Prepared, load_prepared
+from mbc_core.training.rivals import CLOSED_READS, SAYS, TEXT_READS, memory_of
 from mbc_core.training.samples import Mixture, SampleSource, build_source, distractors
 
 _POOL_STEPS = 16
@@ -43,6 +44,7 @@ class ReaderRun:
         batch_tokens: padded tokens of one forward pass; bounds memory.
         evaluate_every: share of the run between two looks at the held-out questions.
         evaluate_questions: questions of a look (all the final figures use).
+        mixture: what samples show; :func:`mbc_core.training.rivals.mixture_of` makes those of the rivals.
     """
 
     steps: int | None = None
@@ -184,7 +186,7 @@ def _train(
             next_look += run.evaluate_every
             line |= look()
             clock.restart()
-        _log(out_dir, line, say, quiet=number % 4 != 0 and "recall_f1" not in line and share < 1)
+        _log(out_dir, line, say, quiet=number % 4 != 0 and "closed_f1" not in line and share < 1)
         if share >= 1 or over:
             return share >= 1
     return True
@@ -228,13 +230,21 @@ class _Evaluator:
     say: Callable[[str], None]
 
     def quick(self, questions: ReadSet, search: AddressIndex) -> dict[str, float]:
-        """Held-out EM and F1 of recall and closed book, for the curve."""
-        rows = self._rows(questions.sample(self.run.evaluate_questions, self.run.seed), search, _QUICK_READS)
+        """Held-out EM and F1 of the closed book and of what is trained on, for the curve."""
+        rows = self._rows(questions.sample(self.run.evaluate_questions, self.run.seed), search, self._reads[0])
         return {f"{row['read']}_{name}": float(str(row[name])) for row in rows for name in ("em", "f1")}
 
     def full(self, questions: ReadSet, search: AddressIndex) -> list[dict[str, object]]:
         """The whole table."""
-        return self._rows(questions.sample(self.run.evaluate_questions, self.run.seed), search, DEFAULT_READS)
+        return self._rows(questions.sample(self.run.evaluate_questions, self.run.seed), search, self._reads[1])
+
+    @property
+    def _reads(self) -> tuple[Sequence[Read], Sequence[Read]]:
+        """Those of a quick look, and all; an adapter is asked for what it was trained to read."""
+        kind = memory_of(self.run.mixture)
+        if kind == "words":
+            return _QUICK_READS, DEFAULT_READS
+        return (TEXT_READS[:2], TEXT_READS) if kind == "text" else (CLOSED_READS, CLOSED_READS)
 
     def _rows(self, questions: ReadSet, search: AddressIndex, reads: Sequence[Read]) -> list[dict[str, object]]:
         if not len(questions.questions):
@@ -290,6 +300,7 @@ def _card(
         "base": {"name": language_model.name, "digest": language_model.digest},
         "parameters": sum(master.numel() for master in trainer.masters),
         "finished": finished,
+        "memory": {"kind": memory_of(run.mixture), "says": SAYS[memory_of(run.mixture)]},
         "run": asdict(run),
         "progress": asdict(trainer.progress),
         "samples_per_second": round(trainer.progress.samples / max(1e-9, trainer.progress.seconds), 1),
