@@ -5,12 +5,18 @@ The names below are imported when they are first used, so that `import mbc_core`
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mbc_core.bank import Bank
     from mbc_core.memory import Memory, Reader
+
+# torch's OpenMP threads spin while they wait for each other. Beside any other load on the same cores that costs most
+# of their time (300 passages on two shared cores: 8-24 a second, against 58-67 when they sleep). torch reads this when
+# it is first imported; whoever has set it keeps it.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 __all__ = ["Bank", "Memory", "Reader"]
 
