@@ -20,7 +20,6 @@ from typing import IO, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import zstandard
 
 from mbc_core.errors import BadDocument
 from pipelines.sources import STDIN, Source, open_store
@@ -34,7 +33,8 @@ MAX_RAW_BYTES = 64 * 1024
 
 _FIELDS = ("id", "doc_id", "text", "title", "uri", "timestamp", "qa")
 _BUFFER = 1 << 20
-_UNREADABLE = (OSError, EOFError, zlib.error, zstandard.ZstdError, pa.ArrowException)
+_SMALL_BUFFER = 1 << 16  # when a file breaks off, what is in the buffer is lost
+_UNREADABLE = (OSError, EOFError, zlib.error, pa.ArrowException)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +156,8 @@ def _read_csv(source: Source, stdin: IO[bytes] | None) -> Iterator[Record]:
     with open_bytes(source.path, stdin) as stream:
         # Bytes that are not UTF-8 come through as lone surrogates, so that only their row is rejected.
         text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
-        rows = csv.DictReader(text)
+        # Strict: else an unclosed quote would quietly swallow the rows up to the next one, or to the end.
+        rows = csv.DictReader(text, strict=True)
         try:
             for number, row in enumerate(rows, 1):
                 yield _checked_row(row, source, number)
@@ -257,8 +258,10 @@ def open_bytes(path: str, stdin: IO[bytes] | None = None) -> Iterator[IO[bytes]]
         if magic.startswith(b"\x1f\x8b"):
             yield cast(IO[bytes], open_files.enter_context(gzip.GzipFile(fileobj=buffered)))
         elif magic == b"\x28\xb5\x2f\xfd":
-            plain = zstandard.ZstdDecompressor().stream_reader(buffered, read_across_frames=True, closefd=False)
-            yield io.BufferedReader(cast(io.RawIOBase, plain), _BUFFER)
+            # Arrow's reader, because zstandard's takes a file that was cut short for one that ends there.
+            source = open_files.enter_context(pa.PythonFile(buffered, mode="r"))
+            plain = open_files.enter_context(pa.CompressedInputStream(source, "zstd"))
+            yield io.BufferedReader(cast(io.RawIOBase, plain), _SMALL_BUFFER)
         else:
             yield cast(IO[bytes], buffered)
 

@@ -134,6 +134,19 @@ def test_a_file_that_breaks_off_keeps_what_was_read(tmp_path):
     assert records[-1].position == len(records) - 1
 
 
+def test_a_zstandard_file_that_breaks_off_is_not_taken_for_a_shorter_one(tmp_path):
+    rows = [{"id": i, "text": f"text {os.urandom(2000).hex()}"} for i in range(500)]
+    blocks = zstandard.ZstdCompressor().compressobj()
+    # Cut where a line ends and a block ends: nothing but the missing end of the frame tells of the loss.
+    packed = b"".join(blocks.compress(lines([row])) + blocks.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK) for row in rows)
+    (tmp_path / "a.jsonl.zst").write_bytes(packed)
+    records = read(tmp_path / "a.jsonl.zst")
+    assert len(records) > 450
+    assert reasons(records)[:-1] == [""] * (len(records) - 1)
+    assert records[-1].reason == "source_unreadable"
+    assert f"reading stopped after {len(records) - 1} records: Truncated compressed stream" in records[-1].message
+
+
 def test_parquet_with_dates_integers_and_pairs(tmp_path):
     table = pa.table(
         {
@@ -190,6 +203,14 @@ def test_csv_with_an_unclosed_quote_stops_with_a_reason(tmp_path):
     records = read(tmp_path / "a.csv")
     assert reasons(records) == ["", "source_unreadable"]
     assert "unclosed quote" in records[1].message
+
+
+@pytest.mark.parametrize("tail", ['b,"never closed\nc,swallowed\n', 'b,"never closed\nc,"swallowed"\nd,text\n'])
+def test_csv_rows_are_not_swallowed_by_a_quote_left_open(tmp_path, tail):
+    (tmp_path / "a.csv").write_text("id,text\na,fine\n" + tail)
+    records = read(tmp_path / "a.csv")
+    assert reasons(records) == ["", "source_unreadable"]
+    assert "an unclosed quote is the usual cause" in records[1].message
 
 
 def test_text_files_are_named_by_their_path(tmp_path, monkeypatch):
