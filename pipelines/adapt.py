@@ -32,12 +32,16 @@ if TYPE_CHECKING:
     from mbc_core.training.adapt import AdaptRun
 
 
+_FRESH_LR = 7e-4
+
+
 def run_adapt(
     bank: Bank | str | Path,
     run: AdaptRun | None = None,
     *,
     device: str = "cpu",
     language_model: LanguageModel | None = None,
+    adapter: Path | None = None,
     encoder: QuestionEncoder | None = None,
     lexicon: Lexicon | None = None,
     rotation: Rotation | None = None,
@@ -50,6 +54,8 @@ def run_adapt(
         run: steps or minutes, batch, learning rate, seed; the defaults when None.
         device: ``cpu``, ``cuda`` or ``auto``.
         language_model: the base model, without adapter; SmolLM2-135M-Instruct when None.
+        adapter: folder of the adapter to start from; the bank's live one, the shipped one or fresh weights when None.
+            Fresh weights learn at the first training's rate.
         encoder, lexicon, rotation: those the bank was made with; the release's own when None.
         say: gets a line of progress now and then.
 
@@ -71,7 +77,10 @@ def run_adapt(
     since = _last_adapted(registry, base.digest)
     examples = build_training_set(memory, since=since, seed=run.seed)
     say(f"{len(examples)} questions from the bank's replay, asked of its {len(memory)} passages")
-    model, before = with_adapter(base, opened)
+    model, before = with_adapter(base, opened, folder=adapter)
+    if before is None:
+        run = replace(run, lr=max(run.lr, _FRESH_LR))
+        say(f"no adapter for {base.name} yet: fresh weights, learning rate {run.lr:g}")
     with tempfile.TemporaryDirectory(prefix="mbc-adapt-") as folder:
         done = adapt(examples, model, Path(folder), run, say=say)
         card = done.card() | {"started_from": before}
@@ -103,6 +112,19 @@ def run_of(steps: int | None, minutes: float | None, seed: int = 0) -> AdaptRun:
     return plain if steps is None and minutes is None else replace(plain, steps=steps, minutes=minutes)
 
 
+def named_model(name: str | None, gguf_file: str | None, device: str) -> LanguageModel | None:
+    """The base model that ``--lm`` names; None without it.
+
+    Raises:
+        AssetError: there is no such model.
+    """
+    if name is None:
+        return None
+    from mbc_core import defaults
+
+    return defaults.language_model(name, gguf_file=gguf_file, device=resolve_device(device))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """``python -m pipelines.adapt``: 0 done, 1 failed, 2 wrong use."""
     parser = argparse.ArgumentParser(
@@ -113,13 +135,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--bank", required=True, help="local path, s3://… or gs://…")
     parser.add_argument("--steps", type=int, help="training steps")
     parser.add_argument("--minutes", type=float, help="training time; with --steps, whichever comes first")
+    parser.add_argument("--lm", help="another language model: a folder or a Hugging Face name")
+    parser.add_argument("--gguf", help="name of the GGUF file inside the folder of --lm")
+    parser.add_argument("--adapter", type=Path, help="folder of the adapter to start from (default: the live one)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=["cpu", "cuda", "auto"], default="cpu")
     parser.add_argument("--json", action="store_true", dest="as_json", help="one JSON object on standard output")
     given, _ = parser.parse_known_args(argv)
     try:
         run = run_of(given.steps, given.minutes, given.seed)
-        result = run_adapt(given.bank, run, device=given.device, say=lambda line: print(line, file=sys.stderr))
+        result = run_adapt(
+            given.bank,
+            run,
+            device=given.device,
+            language_model=named_model(given.lm, given.gguf, given.device),
+            adapter=given.adapter,
+            say=lambda line: print(line, file=sys.stderr),
+        )
     except MbcError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

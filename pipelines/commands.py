@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import click
@@ -63,18 +64,37 @@ def ingest(
 @bank_option
 @click.option("--steps", type=click.IntRange(1), help="Training steps.")
 @click.option("--minutes", type=click.FloatRange(0.01), help="Training time; with --steps, whichever comes first.")
+@click.option("--lm", metavar="NAME", help="Another language model: a folder or a Hugging Face name.")
+@click.option("--gguf", metavar="FILE", help="Name of the GGUF file inside the folder of --lm.")
+@click.option(
+    "--adapter",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Folder of the adapter to start from, as `mbc train reader` writes it (default: the bank's live one).",
+)
 @seed_option
 @device_option
 @json_option
-def adapt(bank: str, steps: int | None, minutes: float | None, seed: int, device: str, as_json: bool) -> None:
+def adapt(
+    bank: str,
+    steps: int | None,
+    minutes: float | None,
+    lm: str | None,
+    gguf: str | None,
+    adapter: Path | None,
+    seed: int,
+    device: str,
+    as_json: bool,
+) -> None:
     """Refresh the reader's adapter against what the bank recalls now, and promote it if it is better.
 
     Example: mbc adapt --bank my-bank --minutes 10
     """
     with only_json(as_json) as stream:
-        from pipelines.adapt import run_adapt, run_of
+        from pipelines.adapt import named_model, run_adapt, run_of
 
-        result = run_adapt(bank, run_of(steps, minutes, seed), device=device, say=note)
+        named = named_model(lm, gguf, device)
+        run = run_of(steps, minutes, seed)
+        result = run_adapt(bank, run, device=device, language_model=named, adapter=adapter, say=note)
         if as_json:
             print_json(result, stream)
             return

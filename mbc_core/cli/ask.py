@@ -36,7 +36,9 @@ READS = ("recall", "closed")
 )
 @k_option
 @as_of_option
-@click.option("--model", metavar="NAME", help="Another language model: a folder or a Hugging Face name.")
+@click.option(
+    "--lm", "--model", "model", metavar="NAME", help="Another language model: a folder or a Hugging Face name."
+)
 @click.option(
     "--adapter",
     type=click.Path(exists=True, file_okay=False, path_type=Path),

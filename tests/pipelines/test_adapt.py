@@ -74,8 +74,8 @@ def test_steps_and_minutes():
 def test_command_line(bank, monkeypatch, capsys):
     seen = {}
 
-    def fake(where, run, *, device, say):
-        seen.update(where=where, run=run, device=device)
+    def fake(where, run, *, device, language_model, adapter, say):
+        seen.update(where=where, run=run, device=device, language_model=language_model, adapter=adapter)
         say("training")
         return {"candidate": "0001-0123456789abcdef", "promoted": False}
 
@@ -85,6 +85,7 @@ def test_command_line(bank, monkeypatch, capsys):
     assert json.loads(printed.out)["candidate"] == "0001-0123456789abcdef"
     assert printed.err == "training\n"
     assert (seen["where"], seen["run"].minutes, seen["run"].steps) == (bank.uri, 2.0, None)
+    assert seen["language_model"] is seen["adapter"] is None
     monkeypatch.undo()
     assert main(["--bank", bank.uri + "-missing"]) == 2
     assert "there is no bank here" in capsys.readouterr().err
