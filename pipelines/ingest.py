@@ -24,7 +24,16 @@ from typing import IO, Any
 import apache_beam as beam
 from apache_beam.options.pipeline_options import StandardOptions
 
-from mbc_core.bank import Bank, SliceId, Status, Storage, VisibleKeys, drop_folded_statistics, finished_slices
+from mbc_core.bank import (
+    Bank,
+    SliceId,
+    Status,
+    Storage,
+    VisibleKeys,
+    begin_slice,
+    drop_folded_statistics,
+    finished_slices,
+)
 from mbc_core.bank.codebooks import version_rows
 from mbc_core.codebook.files import Codebook
 from mbc_core.codes import Rotation
@@ -262,7 +271,7 @@ class _SliceRunner:
         self._forget_folded()
 
     def _begin(self, name: str) -> SliceId:
-        return SliceId.begin(self._chosen.ingest_id, name)
+        return begin_slice(self._job.bank, self._chosen.ingest_id, name)
 
     def _replay_limits(self, one: Slice) -> dict[str, int]:
         """A window that several slices share keeps an equal part of its replay rows from each."""
@@ -282,7 +291,7 @@ class _SliceRunner:
 def _run_distributed(found: Found, opened: _Opened, settings: IngestSettings, beam_args: Sequence[str]) -> _Outcome:
     """One pipeline that reads its sources itself and makes one commit."""
     ingest_id = settings.ingest_id or _id_from_listing(found.sources, settings)
-    share = Share(SliceId.begin(ingest_id, _WHOLE))
+    share = Share(begin_slice(opened.bank, ingest_id, _WHOLE))
     finished = finished_slices(opened.bank, ingest_id)
     if _WHOLE not in finished:
         pipeline = beam.Pipeline(options=options_of(beam_args))

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -191,6 +192,18 @@ def test_going_back_to_an_earlier_text_is_a_new_run(tmp_path):
         assert adds_up(result)
     assert bank.read("documents").num_rows == 4, "the fourth run repeats the third and adds nothing"
     assert result["ingest_id"].endswith("-2")
+
+
+def test_a_revision_added_by_a_machine_whose_clock_is_behind_is_the_newest(tmp_path, monkeypatch):
+    given = settings(tmp_path / "w")
+    old, new = Document("x", "The old text.", event_time=0), Document("x", "The new text.", event_time=0)
+    ingest([write_corpus(tmp_path / "a.jsonl", [old])], tmp_path / "bank", given)
+    real = time.time_ns
+    monkeypatch.setattr(time, "time_ns", lambda: real() - 3_600 * 10**9)
+    result = ingest([write_corpus(tmp_path / "a.jsonl", [new])], tmp_path / "bank", given)
+    bank = Bank.open(tmp_path / "bank")
+    (shown,) = bank.documents().values()
+    assert (result["documents"], shown["content_hash"]) == (1, new.content_hash(bank.manifest.salt))
 
 
 def test_a_given_ingest_id_with_other_documents_still_drops_duplicates(tmp_path):
