@@ -23,6 +23,7 @@ from mbc_core.reader.language_model import LanguageModel
 from mbc_core.reader.prompt import PromptFormat
 from mbc_core.training.batches import MicroBatch, micro_batches, prefetched, steps_of
 from mbc_core.training.loop import Clock, Schedule, Trainer, load_checkpoint, save_checkpoint
+from mbc_core.training.memory_need import Shape, training_memory
 from mbc_core.training.prepared import Prepared, load_prepared
 from mbc_core.training.rivals import CLOSED_READS, SAYS, TEXT_READS, memory_of
 from mbc_core.training.samples import Mixture, SampleSource, build_source, distractors
@@ -97,6 +98,8 @@ def train_reader(
     out_dir.mkdir(parents=True, exist_ok=True)
     data = load_prepared(prepared_dir)
     say(f"loaded {len(data):,} passages, {len(data.questions):,} questions")
+    shape = Shape.of(language_model.model.config)
+    say(str(training_memory(shape, batch_tokens=run.batch_tokens, rank=run.kv_lora.r)))
     form = PromptFormat(language_model.tokenizer)
     device = language_model.device
     source = _source(data.split("train"), lexicon, form, codebook, rotation, run, device, say)
