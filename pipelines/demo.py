@@ -25,7 +25,8 @@ from mbc_core.cli.output import make_console, note, only_json, print_json
 if TYPE_CHECKING:
     from mbc_core.memory import Memory, Reader
 
-DOCUMENTS, SCORED_QUESTIONS, SHOWN_QUESTIONS, SHOWN_WRONG, ADAPT_MINUTES = 500, 40, 6, 5, 1.5
+DOCUMENTS, SCORED_QUESTIONS, SHOWN_QUESTIONS, SHOWN_WRONG, ADAPT_MINUTES = 500, 40, 6, 5, 0.7
+_ADAPT_BATCH = 4  # small steps: a minute of two cores sees few questions
 _RIGHT = 0.5  # F1 from which a shown answer counts as right
 
 HELP = """Show the whole loop on Wikipedia lead sections: ingest, answers with sources, sizes, adaptation, scores.
@@ -199,7 +200,9 @@ def _answer(told: Demo) -> None:
         told.console.print(f"\nFirst answer {told.figures['first_answer_seconds']:.0f} s after the start.")
     told.figures["model"] = {
         "name": reader.language_model.name,
-        "parameters": sum(one.numel() for one in reader.language_model.model.parameters()),
+        "parameters": sum(
+            one.numel() for name, one in reader.language_model.model.named_parameters() if "lora_" not in name
+        ),
         "width": int(reader.language_model.model.config.hidden_size),
     }
 
@@ -215,7 +218,8 @@ def _sizes(told: Demo) -> None:
 
 def _adapt(told: Demo, minutes: float) -> None:
     from mbc_core.adapters import AdapterRegistry
-    from pipelines.adapt import run_adapt, run_of
+    from mbc_core.training.adapt import AdaptRun
+    from pipelines.adapt import run_adapt
     from pipelines.commands import show_adapt
 
     registry = AdapterRegistry(told.memory.bank)
@@ -225,7 +229,8 @@ def _adapt(told: Demo, minutes: float) -> None:
             f" {told.bank}`; `mbc adapt --bank {told.bank}` refreshes it again."
         )
         return
-    result = run_adapt(told.memory.bank, run_of(None, minutes, told.seed), device=told.device, say=note)
+    run = AdaptRun(steps=None, minutes=minutes, batch=_ADAPT_BATCH, seed=told.seed)
+    result = run_adapt(told.memory.bank, run, device=told.device, say=note)
     told.figures["adapt"] = result
     show_adapt(result, told.console)
 
