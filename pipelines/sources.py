@@ -104,25 +104,41 @@ def _paths(given: str) -> Iterator[tuple[str, bool]]:
         yield given, True
     elif "://" in given:
         yield from _remote_paths(given)
-    elif any(char in given for char in _GLOB_CHARACTERS) and not Path(given).exists():
+    elif any(char in given for char in _GLOB_CHARACTERS) and not os.path.exists(given):  # noqa: PTH110 - see below
         for path in sorted(glob.glob(given, recursive=True)):  # noqa: PTH207 - Path.glob cannot take absolute patterns
             if Path(path).is_file() and not _hidden(path, given):
                 yield Path(path).as_posix(), False
-    elif Path(given).is_dir():
-        if not os.access(given, os.R_OK | os.X_OK):
-            raise _cannot_open(given, "no permission to list the folder")
-        for file in sorted(Path(given).rglob("*")):
-            if file.is_file() and not _hidden(file.relative_to(given).as_posix()):
+    elif os.path.isdir(given):  # noqa: PTH112 - Path.is_dir raises where the folder above may not be searched
+        for file in sorted(_files_below(Path(given))):
+            if not _hidden(file.relative_to(given).as_posix()):
                 yield file.as_posix(), False
     else:
         _check_named(given)
         yield Path(given).as_posix(), True
 
 
+def _files_below(folder: Path) -> Iterator[Path]:
+    """Every file, and every name that leads nowhere (a broken link): reading it gives the dead letter that says so."""
+
+    def refuse(error: OSError) -> None:
+        raise _cannot_open(str(error.filename), error.strerror or str(error)) from error
+
+    for below, _, names in os.walk(folder, onerror=refuse):
+        for path in (Path(below, name) for name in names):
+            if os.path.isfile(path) or not os.path.exists(path):  # noqa: PTH110, PTH113 - these never raise
+                yield path
+
+
 def _check_named(given: str) -> None:
     """A file that the user named must open now; only files found by listing become dead letters later."""
-    if not Path(given).exists():
-        raise UsageError("the source does not exist", value=given, cause="a misspelt path", fix="check the path")
+    try:
+        os.stat(given)  # noqa: PTH116 - as above
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UsageError(
+            "the source does not exist", value=given, cause="a misspelt path", fix="check the path"
+        ) from error
+    except OSError as error:
+        raise _cannot_open(given, error.strerror or str(error)) from error
     if not os.access(given, os.R_OK):
         raise _cannot_open(given, "no permission to read it")
 

@@ -285,6 +285,36 @@ def test_a_named_file_without_permission_stops_at_once(tmp_path):
         find_sources([str(tmp_path / "a.jsonl")])
 
 
+def test_a_folder_inside_that_cannot_be_listed_is_not_passed_over(tmp_path, monkeypatch):
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "a.jsonl").write_bytes(lines(GOOD))
+    real = os.scandir
+
+    def refuse(path):
+        if Path(path).name == "closed":
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(StorageError, match=r"the source cannot be opened: '.*closed'.*Permission denied"):
+        find_sources([str(tmp_path)])
+
+
+def test_a_named_file_in_a_folder_that_may_not_be_searched(tmp_path, monkeypatch):
+    def refuse(path, **options):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "stat", refuse)
+    with pytest.raises(StorageError, match=r"the source cannot be opened: '.*a.jsonl'.*Permission denied"):
+        find_sources([str(tmp_path / "a.jsonl")])
+
+
+def test_a_broken_link_in_a_folder_is_a_rejected_record(tmp_path):
+    (tmp_path / "a.jsonl").symlink_to(tmp_path / "gone")
+    (source,) = find_sources([str(tmp_path)]).sources
+    assert reasons(read_source(source)) == ["source_vanished"]
+
+
 def test_a_listed_file_that_cannot_be_opened_is_rejected_with_the_reason(tmp_path, monkeypatch):
     (tmp_path / "a.jsonl").write_bytes(lines(GOOD))
 
