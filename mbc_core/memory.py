@@ -156,9 +156,14 @@ class Memory:
         return len(self._index)
 
     def recall(self, questions: Sequence[str], k: int = 5) -> list[list[Recalled]]:
-        """The ``k`` best passages for each question, best first; fewer when the bank holds fewer."""
+        """The ``k`` best passages for each question, best first; fewer when the bank holds fewer.
+
+        Raises:
+            UsageError: an empty question, or k below 1.
+        """
         if not questions:
             return []
+        _require_words(questions)
         scores, rows = self.search(self.encoder.encode_questions(questions), k)
         flat = self._recalled(rows.ravel(), scores.ravel())
         width = rows.shape[1]
@@ -317,11 +322,7 @@ class Reader:
                 cause="a misspelt name, or a read that this release does not have",
                 fix=f"use one of {', '.join(READS)}",
             )
-        for place, question in enumerate(questions):
-            if not question.strip():
-                raise UsageError(
-                    "a question is empty", value=f"number {place + 1} of {len(questions)}", fix="ask something"
-                )
+        _require_words(questions)
         if read == "recall" and not self.bank.manifest.words:
             raise IncompatibleBank(
                 "the bank has no word codes to read",
@@ -363,6 +364,20 @@ def with_adapter(
         return base, None
     model, _ = load_adapter(base.model, folder, base_digest=base.digest)
     return replace(base, model=model.eval()), SHIPPED_ADAPTER if folder == shipped else str(folder)
+
+
+def _require_words(questions: Sequence[str]) -> None:
+    for place, question in enumerate(questions):
+        which = f"number {place + 1} of {len(questions)}"
+        if not question.strip():
+            raise UsageError("a question is empty", value=which, fix="ask something")
+        if any("\ud800" <= letter <= "\udfff" for letter in question):
+            raise UsageError(
+                "a question is not UTF-8",
+                value=which,
+                cause="it came in another encoding, or was cut inside a character",
+                fix="re-encode it as UTF-8",
+            )
 
 
 def microseconds(moment: datetime | None) -> int | None:

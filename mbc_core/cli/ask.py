@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from mbc_core.cli.options import as_of_option, bank_option, device_option, json_option, k_option, resolve_device
-from mbc_core.cli.output import escape, only_json, out, print_json
+from mbc_core.cli.output import escape, note, only_json, out, print_json
 from mbc_core.errors import UsageError
 from schemas.results import AskResult, Source
 
@@ -71,6 +71,8 @@ def ask(
         named = defaults.language_model(model, device=device) if model else None
         reader = Reader(bank, language_model=named, adapter=adapter, as_of=as_of, device=device)
         answers = [answer.to_json() for answer in reader.ask_many(questions, k=k, read=read)]
+        if read == "recall" and not any(answer["sources"] for answer in answers):
+            note(f"{_nothing_held(as_of)}: what is answered comes from the language model alone")
         if as_json:
             print_json(answers[0] if file is None else {"answers": answers}, stream)
             return
@@ -96,11 +98,19 @@ def recall(question: str, bank: str, k: int, as_of: datetime | None, device: str
         memory = Memory.open(bank, as_of=as_of, device=resolve_device(device))
         (found,) = memory.recall([question], k)
         sources = [one.to_json() for one in found]
+        if not sources:
+            note(_nothing_held(as_of))
+        elif not memory.bank.manifest.words:
+            note("the bank has no word codes (profile paper): these are the titles of the best documents")
         if as_json:
             print_json({"question": question, "as_of": as_of, "sources": sources}, stream)
             return
     for source in sources:
-        click.echo(source["words"])
+        click.echo(source["words"] if memory.bank.manifest.words else source["title"] or source["doc_id"])
+
+
+def _nothing_held(as_of: datetime | None) -> str:
+    return "the bank holds no documents" + (f" added by {as_of:%Y-%m-%dT%H:%M:%SZ}" if as_of else "")
 
 
 def _questions(question: str | None, file: Path | None) -> list[str]:
@@ -112,7 +122,7 @@ def _questions(question: str | None, file: Path | None) -> list[str]:
             raise click.UsageError("The question is empty.")
         return [str(question)]
     try:
-        text = sys.stdin.read() if str(file) == "-" else file.read_text("utf-8")
+        text = (sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(
             "the questions cannot be read", value=str(file), cause=str(error), fix="name a text file in UTF-8"

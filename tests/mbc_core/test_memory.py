@@ -209,6 +209,10 @@ def test_wrong_questions_and_reads_are_told(bank):
     reader = Reader(bank)
     with pytest.raises(UsageError, match=r"a question is empty: 'number 2 of 2'"):
         reader.ask_many(["Why?", "  "])
+    with pytest.raises(UsageError, match=r"a question is empty: 'number 1 of 1'"):
+        reader.memory.recall([""])
+    with pytest.raises(UsageError, match=r"a question is not UTF-8: 'number 1 of 1'"):
+        reader.ask("Wh\udcff?")
     with pytest.raises(UsageError, match=r"there is no such read: 'telepathy'.*recall, closed"):
         reader.ask("Why?", read="telepathy")
     with pytest.raises(UsageError, match=r"the question is too long"):
