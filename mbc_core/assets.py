@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from mbc_core.errors import AssetError
+from mbc_core.errors import AssetError, MbcError
 
 Progress = Callable[[int], None]
 """Called with the bytes that have arrived so far of the file under way."""
@@ -331,11 +331,20 @@ def main() -> int:
     say(f"Models and demo corpus: {total / 1e6:.0f} MB of downloads into {cache_root()}, once; kept for later runs.")
     try:
         Assets.ensure(say)
-    except AssetError as error:
+        _unpack_language_model(say)
+    except MbcError as error:
         say(f"error: {error}")
         return error.exit_code
     say("Models and demo corpus are in place.")
     return 0
+
+
+def _unpack_language_model(say: Callable[[str], None]) -> None:
+    """Convert the GGUF file to plain weights now, so that the first question need not wait for it."""
+    from mbc_core import defaults
+
+    say("  unpacking the language model's weights, 0.27 GB, once")
+    defaults.language_model()
 
 
 if __name__ == "__main__":

@@ -159,3 +159,21 @@ def test_the_real_assets_are_where_they_are_said_to_be(assets: Assets):
     assert (assets.minilm / "tokenizer.json").exists()
     assert (assets.smollm2.folder / assets.smollm2.file).stat().st_size > 80_000_000
     assert assets.wiki.exists()
+
+
+def test_set_up_fetches_everything_and_unpacks_the_language_model(assets, capsys):
+    assert module.main() == 0
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "181 MB of downloads" in shown.err
+    assert "in place" in shown.err
+    assert list((assets.cache / "language-models").glob("SmolLM2*/model.safetensors"))
+
+
+def test_set_up_says_what_went_wrong(monkeypatch, capsys):
+    def offline(*_, **__):
+        raise AssetError("the encoder could not be downloaded", cause="offline", fix="go online")
+
+    monkeypatch.setattr(Assets, "ensure", offline)
+    assert module.main() == 1
+    assert "error: the encoder could not be downloaded" in capsys.readouterr().err
