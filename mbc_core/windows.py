@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from datetime import UTC, datetime, timedelta
 
 from mbc_core.errors import UsageError
 from schemas.tables import UNDATED
 
 DAY = 86_400
+_UNITS = {"": 1, "s": 1, "m": 60, "h": 3_600, "d": DAY, "w": 7 * DAY}
+_LENGTH = re.compile(r"\s*([1-9][0-9]{0,8})\s*([smhdw]?)\s*", re.IGNORECASE)
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
@@ -42,3 +45,20 @@ def window_order(window: str) -> tuple[bool, int]:
     """
     start = window_start(window)
     return start is not None, start or 0
+
+
+def parse_length(text: str) -> int:
+    """``1d``, ``6h``, ``30m``, ``2w``, ``90s`` or ``90`` → seconds.
+
+    Raises:
+        UsageError: anything else.
+    """
+    found = _LENGTH.fullmatch(text)
+    if not found:
+        raise UsageError(
+            "the window length cannot be read",
+            value=text,
+            cause="it is not a whole number followed by s, m, h, d or w",
+            fix="write it like 1d, 6h or 30m",
+        )
+    return int(found[1]) * _UNITS[found[2].lower()]

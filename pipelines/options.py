@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 
 from mbc_core.defaults import LEXICON, ROTATION, SALIENCE
 from mbc_core.errors import UsageError
+from mbc_core.windows import parse_length
 from pipelines.encoding import MINILM, SHIPPED, EncoderSource, EncoderSpec
 from pipelines.plan import SLICE_DOCUMENTS
 from pipelines.read import BATCH_DOCUMENTS
 from pipelines.sink import REPLAY_PER_WINDOW
-from pipelines.windows import parse_length
 from schemas.manifest import PROFILES, Profile
 
 if TYPE_CHECKING:

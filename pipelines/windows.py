@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 
-from mbc_core.errors import UsageError
 from schemas.tables import UNDATED
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_UNITS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 604_800}
-_LENGTH = re.compile(r"\s*([1-9][0-9]{0,8})\s*([smhdw])\s*")
 
 
 def window_of(event_time: int | None, window_seconds: int) -> str:
@@ -30,20 +26,3 @@ def _name(number: int, window_seconds: int) -> str:
     except OverflowError:  # the window would start before year 1: its name is the first moment there is
         start = datetime.min.replace(tzinfo=UTC)
     return start.isoformat().replace("+00:00", "Z")
-
-
-def parse_length(text: str) -> int:
-    """``1d``, ``6h``, ``30m``, ``2w`` or ``90s`` → seconds.
-
-    Raises:
-        UsageError: anything else.
-    """
-    found = _LENGTH.fullmatch(text)
-    if not found:
-        raise UsageError(
-            "the window length cannot be read",
-            value=text,
-            cause="it is not a whole number followed by s, m, h, d or w",
-            fix="write it like 1d, 6h or 30m",
-        )
-    return int(found[1]) * _UNITS[found[2]]

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
 
 import click
 
-from mbc_core.errors import BadDocument
+from mbc_core.errors import BadDocument, UsageError
+from mbc_core.windows import parse_length
 from schemas.document import parse_timestamp
 from schemas.manifest import PROFILES
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 Decorator = Callable[[Command], Command]
 
-
-SECONDS = {"d": 86_400, "h": 3_600, "m": 60, "s": 1}
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 class Time(click.ParamType[datetime]):
@@ -32,21 +32,20 @@ class Time(click.ParamType[datetime]):
             self.fail(str(error), param, ctx)
         if micros is None:
             self.fail("the time is empty; write it like 2024-07-01 or 2024-07-01T09:30:00Z", param, ctx)
-        return datetime.fromtimestamp(micros / 1e6, UTC)
+        return _EPOCH + timedelta(microseconds=micros)
 
 
 class Duration(click.ParamType[int]):
-    """``1d``, ``6h``, ``30m``, ``45s`` → seconds."""
+    """``1d``, ``6h``, ``30m``, ``2w``, ``45s`` → seconds."""
 
     name = "duration"
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """Read the duration, or fail as wrong use."""
-        text = str(value).strip().lower()
-        number, unit = (text, "s") if text.isdigit() else (text[:-1], text[-1:])
-        if not number.isdigit() or int(number) == 0 or unit not in SECONDS:
-            self.fail(f"{text!r} is not a duration; write it like 1d, 6h or 30m", param, ctx)
-        return int(number) * SECONDS[unit]
+        try:
+            return parse_length(str(value))
+        except UsageError as error:
+            self.fail(str(error), param, ctx)
 
 
 def bank_option(command: Command) -> Command:

@@ -113,13 +113,16 @@ def test_json_of_what_has_none_is_an_error():
     [
         ("2024-07-01", datetime(2024, 7, 1, tzinfo=UTC)),
         ("2024-07-01T09:30:00+02:00", datetime(2024, 7, 1, 7, 30, tzinfo=UTC)),
+        ("9999-12-31T23:59:59.999999Z", datetime(9999, 12, 31, 23, 59, 59, 999_999, tzinfo=UTC)),
     ],
 )
 def test_time_option(text, expected):
     assert Time().convert(text, None, None) == expected
 
 
-@pytest.mark.parametrize(("text", "seconds"), [("1d", 86_400), ("6h", 21_600), ("30m", 1_800), ("45s", 45), ("90", 90)])
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("1d", 86_400), ("6h", 21_600), ("30m", 1_800), ("45s", 45), ("90", 90), ("2W", 1_209_600)]
+)
 def test_duration_option(text, seconds):
     assert Duration().convert(text, None, None) == seconds
 
@@ -134,7 +137,7 @@ def shared(as_of: datetime | None, window_seconds: int | None) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--as-of", "yesterday"], ["--as-of", ""], ["--window", "0d"], ["--window", "1 week"], ["--window", "d"]],
+    [["--as-of", "yesterday"], ["--as-of", ""], ["--window", "0d"], ["--window", "1 week"], ["--window", "²d"]],
 )
 def test_wrong_values_of_shared_options_are_wrong_use(arguments):
     result = CliRunner().invoke(shared, arguments)

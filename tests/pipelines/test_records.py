@@ -29,7 +29,7 @@ from pipelines.records import (
     embeddings_of,
     sum_tallies,
 )
-from pipelines.windows import parse_length, window_of
+from pipelines.windows import window_of
 from schemas.document import Document
 
 SALT = b"0123456789abcdef"
@@ -188,13 +188,6 @@ def test_a_lost_document_is_an_error_that_names_the_window():
 )
 def test_windows_are_named_by_their_start(event_time, seconds, window):
     assert window_of(event_time, seconds) == window
-
-
-def test_window_lengths():
-    assert [parse_length(one) for one in ("90s", "5m", "6h", "1d", " 2w ")] == [90, 300, 21_600, 86_400, 1_209_600]
-    for wrong in ("", "0d", "d", "1.5d", "1y", "-1d"):
-        with pytest.raises(MbcError, match="the window length cannot be read"):
-            parse_length(wrong)
 
 
 def test_concat_of_one_is_itself():
