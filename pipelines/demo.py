@@ -264,7 +264,7 @@ def _close(told: Demo) -> None:
             f"\nThe language model is {model['name']}, {model['parameters'] / 1e6:.0f} million parameters, read through"
             f" adapter {model['adapter']}: small, hence many of the wrong answers. For a larger one: `mbc recall"
             f' "…" --bank {told.bank}` prints the memory lines for any model\'s prompt; or train an adapter for it,'
-            " `mbc train reader --lm NAME …`, and ask with `mbc ask --model NAME --adapter FOLDER …`."
+            " `mbc train reader --lm NAME …`, and ask with `mbc ask --lm NAME --adapter FOLDER …`."
         )
     told.figures["total_seconds"] = round(told.seconds, 1)
     told.console.print(
