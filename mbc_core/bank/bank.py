@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from mbc_core.codebook.chain import CodebookChain
     from mbc_core.codebook.files import Codebook
     from mbc_core.codebook.update import UpdateRule
+    from mbc_core.memory import Memory, Recalled
     from schemas.results import InspectResult, VerifiedInspectResult
 
 MANIFEST = "manifest.json"
@@ -49,13 +50,14 @@ class Bank:
     storage: Storage
     manifest: Manifest
     _codebooks: dict[int, Codebook] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _memory: tuple[int, Memory] | None = field(default=None, init=False, repr=False, compare=False)
 
     def __getstate__(self) -> tuple[Storage, Manifest]:
         return self.storage, self.manifest
 
     def __setstate__(self, state: tuple[Storage, Manifest]) -> None:
         self.storage, self.manifest = state
-        self._codebooks = {}
+        self._codebooks, self._memory = {}, None
 
     @property
     def uri(self) -> str:
@@ -247,6 +249,23 @@ class Bank:
         found = _titled(self.read("documents"))
         place = np.unique(revision_places(codes, found))
         return {row["key"]: row for row in found.take(pa.array(place[place >= 0], pa.int64())).to_pylist()}
+
+    def recall(self, question: str, k: int = 5) -> list[Recalled]:
+        """The ``k`` passages that answer best by their codes, best first, with the words the bank kept of them.
+
+        The encoder and the index are loaded at the first call and kept; the index is made again once the bank has
+        grown. For another encoder, many questions at once or an earlier moment: :class:`mbc_core.memory.Memory`.
+
+        Raises:
+            IncompatibleBank: the bank was made with other pieces than this release's.
+        """
+        from mbc_core.memory import Memory  # brings torch, which a bank does not need
+
+        version, kept = self.table("codes").version(), self._memory
+        if kept is None or kept[0] != version:
+            kept = (version, Memory.open(self, kept[1].encoder if kept is not None else None))
+            self._memory = kept
+        return kept[1].recall([question], k)[0]
 
     def inspect(self, verify: bool = False) -> InspectResult | VerifiedInspectResult:
         """What ``mbc inspect --json`` prints; with ``verify`` every file, digest, count and link is checked."""

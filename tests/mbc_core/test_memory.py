@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import replace
 from datetime import UTC, datetime
 
@@ -78,6 +79,18 @@ def test_what_is_recalled_names_its_document_time_and_words(bank):
         "score": round(found[0].score, 4),
         "words": found[0].words,
     }
+
+
+def test_a_bank_recalls_by_itself_and_notices_that_it_has_grown(bank, monkeypatch):
+    question = "Who founded Avalon00?"
+    assert bank.recall(question, k=3) == Memory.open(bank).recall([question], 3)[0]
+    with monkeypatch.context() as patched:
+        patched.setattr(Memory, "open", None)  # nothing is opened again
+        assert len(bank.recall(question)) == 5
+    add_documents(bank, [Doc("late", "The town of Avalon00 was founded by Founder99.", "2024-08-01")], "second")
+    monkeypatch.setattr(defaults, "encoder_for", None)  # the encoder is kept
+    assert "late" in [one.doc_id for one in bank.recall(question, k=3)]
+    assert pickle.loads(pickle.dumps(bank))._memory is None  # workers get the address alone
 
 
 def test_more_wanted_than_there_is_and_nothing_asked(bank):
