@@ -191,7 +191,8 @@ def run_eval(told: Options, build: MakeBuilder | None) -> dict[str, Any]:
     sheet = load_sheet(told.from_reads) if told.from_reads is not None else _make_sheet(told, build)
     if told.write_reads is not None:
         save_sheet(told.write_reads, sheet)
-        return {"written": str(told.write_reads), "reads": len(sheet.shown), "questions": len(sheet.questions)}
+        asked = max(len(one.questions) for one in sheet.shown)
+        return {"written": str(told.write_reads), "reads": len(sheet.shown), "questions": asked}
     return _answer(sheet, told)
 
 

@@ -1,0 +1,65 @@
+"""`python -m mbc_core.cli eval --from-reads`: the step that runs on a machine with a GPU and little else."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from mbc_core.evaluation.sheet import Lines, Sheet, Shown, save_sheet
+from tests.mbc_core.tiny_reader import llama, tokenizer
+
+ABSENT = ("faiss", "deltalake", "gguf", "apache_beam", "zstandard")
+
+PROGRAM = f"""
+import sys
+for name in {ABSENT!r}:
+    sys.modules[name] = None  # importing it raises ImportError
+import torch
+torch.set_num_threads(1)
+from mbc_core.cli import cli, run
+sys.exit(run(cli, sys.argv[1:]))
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("answers")
+    llama().save_pretrained(folder / "lm")
+    tokenizer().save_pretrained(folder / "lm")
+    lines = Lines()
+    shown = [
+        Shown("closed", "-", 0, [1], [[]], 0.0, 0.0),
+        Shown("recall", "default", 1, [1], [lines.places(["Bob Oslo"])], 75.0, 1.5),
+        Shown("text-equal", "text", 1, [1], [lines.places(["Bob lives in Oslo."])], 300.0, 1.5),
+    ]
+    figures = {"recall": [], "bytes": [], "texts": None, "settings": {"qa": "abc"}, "notes": ["from far away"]}
+    save_sheet(
+        folder / "reads.gz", Sheet(["unasked?", "Where is Bob?"], [["x"], ["Oslo"]], lines.all(), shown, figures)
+    )
+    return folder
+
+
+def mbc(*words: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", PROGRAM, "eval", *map(str, words), "--device", "cpu"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def test_a_sheet_is_answered_without_bank_beam_or_faiss(place):
+    done = mbc("--from-reads", place / "reads.gz", "--lm", place / "lm", "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert [row["name"] for row in result["rows"]] == ["closed", "recall/default@1"], "no rival was given"
+    assert result["notes"] == ["from far away"] and result["settings"]["qa"] == "abc"
+    assert (result["settings"]["lm"], result["settings"]["adapter"]) == ("lm", None)
+    assert "2 answers by lm, adapter none, on cpu" in done.stderr
+
+
+def test_a_damaged_sheet_and_a_missing_model_say_so(place, tmp_path):
+    (tmp_path / "broken.gz").write_bytes(b"no gzip")
+    done = mbc("--from-reads", tmp_path / "broken.gz", "--lm", place / "lm")
+    assert done.returncode == 1 and "the question sheet cannot be read" in done.stderr and done.stdout == ""
+    done = mbc("--qa", tmp_path / "none.jsonl")
+    assert done.returncode == 2 and "the QA file cannot be read" in done.stderr
