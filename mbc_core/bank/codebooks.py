@@ -88,11 +88,14 @@ def register_codebook(
         return True
     winner = version_rows(bank)[codebook.version]
     if winner["digest"] != codebook.digest:
+        again = (winner["ingest_id"], winner["slice"]) == (ingest_id, slice_name)
         raise StorageError(
             f"codebook version {codebook.version} was published by another run meanwhile",
             value=f"{winner['digest'][:12]}… by ingest {winner['ingest_id'] or 'of the bank itself'}",
-            cause="two runs that update the codebook write to this bank at the same time",
-            fix="run the same command again: it goes on from the other run's codebook",
+            cause="two runs that update the codebook write to this bank at the same time, or did when one died",
+            fix="name this run anew with --ingest-id: what it has added counts as duplicates"
+            if again
+            else "run the same command again: it goes on from the other run's codebook",
         )
     return False
 
@@ -145,13 +148,34 @@ def load_chain(bank: Bank, rule: UpdateRule | None, resuming: str | None) -> Cod
 
     rows = list(version_rows(bank).values())
     if resuming is not None:
-        finished = finished_slices(bank, resuming)
-        while rows[-1]["ingest_id"] == resuming and rows[-1]["slice"] not in finished:
-            rows.pop()
+        rows = _before_unfinished(bank, rows, resuming)
     versions = [bank.codebook(row["version"]) for row in rows]
     return CodebookChain(
         versions, load_pending(bank, versions[-1].last_window), window_seconds=bank.manifest.window_seconds, rule=rule
     )
+
+
+def _before_unfinished(bank: Bank, rows: list[dict[str, Any]], ingest_id: str) -> list[dict[str, Any]]:
+    """The versions without those that unfinished slices of this ingest published, if all is as it was before them.
+
+    If another run has used such a version since, or added or folded statistics, the rerun could not make the same
+    version again. Then they all stay: to the rerun they are versions like any other's.
+    """
+    finished = finished_slices(bank, ingest_id)
+    kept = list(rows)
+    while kept[-1]["ingest_id"] == ingest_id and kept[-1]["slice"] not in finished:
+        kept.pop()
+    dropped = rows[len(kept) :]
+    if not dropped:
+        return rows
+    used = bank.read("ledger", ["codebook_version"])["codebook_version"].drop_null().to_pylist()
+    taken_in = {window for row in dropped for window in row["built_from"]}
+    last = bank.codebook(kept[-1]["version"]).last_window
+    waiting = _statistics_paths(bank, lambda window: not _is_folded(window, last))
+    as_before = max(used, default=0) < dropped[0]["version"] and all(
+        window in taken_in and bank.storage.exists(path) for window, path in waiting
+    )
+    return kept if as_before else rows
 
 
 def save_statistics(bank: Bank, ingest_id: str, slice_name: str, window: str, statistics: BatchStatistics) -> str:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from tiny import corpus, settings, write_corpus
 
 from mbc_core.bank import Bank, commit
 from mbc_core.bank.storage import Storage
+from pipelines import sink
 from pipelines.ingest import run_ingest
 
 DOCUMENTS = corpus(90)
@@ -88,6 +90,31 @@ def test_death_at_any_moment_then_the_same_command(tmp_path, monkeypatch, undist
     assert bank.replay().num_rows == replay
     assert result["documents"] == result["documents_in"] == len(DOCUMENTS)
     assert bank.inspect(verify=True)["ok"] is True
+
+
+@pytest.mark.parametrize(("day", "count"), [(2, 5), (90, 5), (90, 60)], ids=["folds", "waits", "publishes"])
+def test_a_run_that_died_after_publishing_goes_on_though_another_came_between(tmp_path, monkeypatch, day, count):
+    given = settings(tmp_path / "w", slice_documents=40)
+    bank, source = start(tmp_path, given)
+
+    def die_in_later_slices(bank, slice_id, files, tallies):
+        if slice_id.name.startswith("00000"):
+            return real(bank, slice_id, files, tallies)
+        raise Died
+
+    with monkeypatch.context() as patch:
+        real = sink.commit
+        patch.setattr(sink, "commit", die_in_later_slices)
+        with pytest.raises(RuntimeError, match="Died"):
+            run_ingest([source], bank.uri, given, show_progress=False)
+    published = len(bank.codebooks().versions)
+    assert published > 2, "the slice that died must have published"
+    others = [replace(one, event_time=day * 86_400_000_000) for one in corpus(count, start=200)]
+    run_ingest([write_corpus(tmp_path / "b.jsonl", others)], bank.uri, given, show_progress=False)
+    result = run_ingest([source], bank.uri, given, show_progress=False)
+    assert result["documents"] == len(DOCUMENTS)
+    assert len(bank.documents()) == len(DOCUMENTS) + len(others)
+    assert bank.inspect(verify=True)["problems"] == []
 
 
 @pytest.mark.slow
