@@ -1,4 +1,4 @@
-"""QA files: one question a row, with the document that answers it; documents are taken once by id.
+"""QA files: one question a row, with the document that answers it; documents are taken once by id, at their first time.
 
 A row of JSON Lines (plain or gzip) has ``id`` or ``doc_id``, ``text``, ``question``, ``answer`` or ``answers``, and,
 if the document has a date, ``timestamp``. More fields may be there; :func:`load_qa` can choose rows by them.
@@ -106,8 +106,8 @@ def load_qa(path: Path, only: Mapping[str, frozenset[str]] | None = None) -> QaS
             place = places.setdefault(document.doc_id, len(documents))
             if place == len(documents):
                 documents.append(document)
-            elif documents[place] != document:
-                raise ValueError(f"the document {document.doc_id!r} had another text or time on an earlier line")
+            elif documents[place].text != document.text:
+                raise ValueError(f"the document {document.doc_id!r} had another text on an earlier line")
             questions.append(QaQuestion(_question(row), _answers(row), place))
         except (ValueError, BadDocument) as error:
             raise _damaged(path, number, str(error)) from error

@@ -37,6 +37,11 @@ def test_documents_once_by_id_and_questions_in_order(tmp_path, pack):
     )
 
 
+def test_a_document_that_is_dated_again_keeps_its_first_time(tmp_path):
+    found = load_qa(write(tmp_path / "qa.jsonl", [ROWS[1], {**ROWS[1], "timestamp": "2025-01-01"}]))
+    assert found.documents == (QaDocument("7", "Bob is 9.", "2024-07-01"),) and len(found.questions) == 2
+
+
 def test_the_digest_is_of_the_content_alone(tmp_path):
     plain = load_qa(write(tmp_path / "a.jsonl", ROWS))
     assert load_qa(write(tmp_path / "b.gz", ROWS, pack=True)).digest == plain.digest
@@ -91,7 +96,7 @@ def test_draws_are_seeded_ascending_and_without_repeats(tmp_path):
         ({"id": 1, "text": "x", "question": "q"}, r"neither `answer` is a string"),
         ({"id": 1, "text": "x", "question": "q", "answers": ["", "b"]}, r"none of them empty"),
         ({"id": 1, "text": "x", "question": "q", "answers": [3]}, r"`answers` a list of strings"),
-        ({**ROWS[0], "text": "Ann moved."}, r"line 2 .*'a' had another text or time"),
+        ({**ROWS[0], "text": "Ann moved."}, r"line 2 .*'a' had another text on an earlier line"),
     ],
 )
 def test_a_bad_row_names_its_line(tmp_path, row, told):
