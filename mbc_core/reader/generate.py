@@ -79,7 +79,9 @@ def greedy(
             position_ids=positions,
             past_key_values=cache,
             use_cache=True,
-            logits_to_keep=1,
+            # A number would slice the last states, and torch's bfloat16 product of a slice copies the whole
+            # vocabulary matrix for every row: 60 MB a question. An index gathers them into one piece.
+            logits_to_keep=torch.tensor([ids.shape[1] - 1], device=ids.device),
         )
         cache = out.past_key_values
         following = out.logits[:, -1].argmax(-1)
