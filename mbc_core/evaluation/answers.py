@@ -142,8 +142,8 @@ def _answer(
     asked = [sheet.questions[place] for place in shown.questions]
     began = time.perf_counter()
     prompts = [form.build(lines, asked[place], room) for place, lines in enumerate(sheet.memory(shown))]
-    size = batch_tokens or (131_072 if model.device.type == "cuda" else 8_192)
-    predictions = answer_prompts(model, form, [one.ids for one in prompts], batch_tokens=size, progress=progress)
+    ids = [one.ids for one in prompts]
+    predictions = answer_prompts(model, form, ids, batch_tokens=batch_tokens, progress=progress)
     spent = 1e3 * (time.perf_counter() - began) / len(asked)
     return Answered(
         shown,
