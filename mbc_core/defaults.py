@@ -5,12 +5,14 @@ A bank's manifest says which pieces its codes need; the functions that take one 
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mbc_core import weights
 from mbc_core.assets import ASSETS, GgufModel, cache_root, ensure
-from mbc_core.errors import IncompatibleBank, ModelError
+from mbc_core.errors import DamagedFile, IncompatibleBank, ModelError
 
 if TYPE_CHECKING:
     from mbc_core.codebook.files import Codebook
@@ -24,13 +26,16 @@ LEXICON = "lexicon.json.gz"
 SALIENCE = "salience.safetensors"
 ROTATION = "rotation.safetensors"
 READER = "reader"
+_CARDS = {LEXICON: "lexicon.card.json"}
+"""Cards that are not named like their file; a card holds the file's digest."""
 
 
 def shipped(name: str) -> Path:
-    """A file or folder of shipped weights.
+    """A file of shipped weights, compared with the digest on its card.
 
     Raises:
         ModelError: this installation lacks it.
+        DamagedFile: it is not the file that its card describes.
     """
     path = weights.path(name)
     if not path.exists():
@@ -40,7 +45,29 @@ def shipped(name: str) -> Path:
             cause="the package was built without its data files, or they were removed",
             fix="reinstall mbc, or make the file with `mbc train`",
         )
+    _check_digest(path, weights.path(_CARDS.get(name, f"{name.split('.')[0]}.json")))
     return path
+
+
+def _check_digest(file: Path, card: Path) -> None:
+    try:
+        told = json.loads(card.read_text("utf-8"))
+        wanted = str(told.get("file_sha256") or told["digest"])
+        found = hashlib.sha256(file.read_bytes()).hexdigest()
+    except (OSError, ValueError, KeyError) as error:
+        raise DamagedFile(
+            "a weight file cannot be compared with its card",
+            value=str(file),
+            cause=f"{card.name}: {error!r}",
+            fix="reinstall mbc, or make the weights and their card anew with `mbc train`",
+        ) from error
+    if found != wanted:
+        raise DamagedFile(
+            f"the weight file {file} does not match its card",
+            value=f"{found[:12]}…",
+            cause=f"{card.name} records {wanted[:12]}…: the file was damaged, or replaced without its card",
+            fix="reinstall mbc, or make the weights and their card anew with `mbc train`",
+        )
 
 
 def lexicon() -> Lexicon:
@@ -122,9 +149,16 @@ def language_model(
 
 
 def reader_adapter() -> Path | None:
-    """Folder of the shipped KV-LoRA adapter; None when this installation has none."""
+    """Folder of the shipped KV-LoRA adapter; None when this installation has none.
+
+    Raises:
+        DamagedFile: it is not the adapter that its card describes.
+    """
     path = weights.path(READER)
-    return path if path.exists() else None
+    if not path.exists():
+        return None
+    _check_digest(path / "adapter_model.safetensors", path / "card.json")
+    return path
 
 
 def _require(what: str, ours: str, theirs: str) -> None:

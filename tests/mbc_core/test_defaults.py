@@ -1,0 +1,59 @@
+"""The weights that come with the release: each is what its card says, or refused."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from mbc_core import defaults, weights
+from mbc_core.errors import DamagedFile, ModelError
+
+FILES = [defaults.LEXICON, defaults.SALIENCE, defaults.ROTATION, "codebook_t12.safetensors", "codebook_t24.safetensors"]
+
+
+@pytest.fixture
+def copied(tmp_path, monkeypatch):
+    """A copy of the shipped weights that a test may damage."""
+    folder = shutil.copytree(weights.path(""), tmp_path / "weights")
+    monkeypatch.setattr(weights, "path", lambda name: folder / name)
+    return folder
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[-10] ^= 1  # inside the last tensor: still well-formed safetensors
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_flipped_bit_in_a_shipped_file_is_refused(copied, name):
+    assert defaults.shipped(name) == copied / name
+    flip(copied / name)
+    with pytest.raises(DamagedFile, match=rf"the weight file .*{name} does not match its card.*reinstall mbc"):
+        defaults.shipped(name)
+
+
+def test_a_flipped_bit_in_the_shipped_adapter_is_refused(copied):
+    assert defaults.reader_adapter() == copied / "reader"
+    flip(copied / "reader" / "adapter_model.safetensors")
+    with pytest.raises(DamagedFile, match=r"adapter_model.safetensors does not match its card"):
+        defaults.reader_adapter()
+
+
+def test_codebook_and_rotation_are_read_through_the_check(copied):
+    flip(copied / "codebook_t24.safetensors")
+    flip(copied / "rotation.safetensors")
+    with pytest.raises(DamagedFile, match=r"codebook_t24\.safetensors does not match its card"):
+        defaults.codebook(24)
+    with pytest.raises(DamagedFile, match=r"rotation\.safetensors does not match its card"):
+        defaults.rotation()
+
+
+def test_a_missing_file_or_card_is_named(copied):
+    (copied / "rotation.json").unlink()
+    with pytest.raises(DamagedFile, match=r"cannot be compared with its card.*rotation.json"):
+        defaults.shipped(defaults.ROTATION)
+    (copied / "salience.safetensors").unlink()
+    with pytest.raises(ModelError, match="the installation lacks a weight file"):
+        defaults.shipped(defaults.SALIENCE)
