@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
+from safetensors import SafetensorError
 
 from mbc_core.errors import AssetError
 
@@ -129,7 +130,7 @@ def _load_folder(folder: Path, dtype: torch.dtype, device: torch.device | str) -
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise AssetError(
             "the language model cannot be loaded",
             value=str(folder),

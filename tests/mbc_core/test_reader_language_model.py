@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -51,6 +52,15 @@ def test_what_is_not_a_model_is_named(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(AssetError, match=rf"the language model cannot be loaded: '{tmp_path}'"):
         load_language_model(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json"])
+def test_a_file_cut_short_is_named(folder, tmp_path, file):
+    broken = shutil.copytree(folder, tmp_path / "broken")
+    data = (broken / file).read_bytes()
+    (broken / file).write_bytes(data[: len(data) // 2])
+    with pytest.raises(AssetError, match=rf"the language model cannot be loaded: '{broken}'.*fetch the model again"):
+        load_language_model(broken)
 
 
 def test_a_name_that_is_no_folder_is_looked_up_and_refused_offline():
