@@ -343,7 +343,8 @@ def _unpack_language_model(say: Callable[[str], None]) -> None:
     """Convert the GGUF file to plain weights now, so that the first question need not wait for it."""
     from mbc_core import defaults
 
-    say("  unpacking the language model's weights, 0.27 GB, once")
+    if not any((cache_root() / "language-models").glob("*/model.safetensors")):
+        say("  unpacking the language model's weights, 0.27 GB, once")
     defaults.language_model()
 
 
