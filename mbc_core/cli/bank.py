@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -49,7 +48,8 @@ def inspect(bank: str, verify: bool, as_json: bool) -> int:
     type=click.Choice(["parquet", "jsonl"]),
     help="Taken from the file's ending when not given; JSON Lines on standard output.",
 )
-def export(bank: str, target: Path | None, form: str | None) -> None:
+@json_option
+def export(bank: str, target: Path | None, form: str | None, as_json: bool) -> None:
     """Write the decoded rows: document, title, passage, words as text, codes as a list, window, time.
 
     Example: mbc export --bank demo-bank --out decoded.parquet
@@ -59,11 +59,16 @@ def export(bank: str, target: Path | None, form: str | None) -> None:
 
     if target is None and form == "parquet":
         raise click.UsageError("Parquet does not go to standard output; name a file with --out.")
+    if target is None and as_json:
+        raise click.UsageError("With --json the rows go to a file; name it with --out.")
     chosen: Form = (
         "parquet" if form == "parquet" or (form is None and target and target.suffix == ".parquet") else "jsonl"
     )
-    opened = Bank.open(bank)
-    rows = opened.export(sys.stdout.buffer if target is None else target, chosen, defaults.lexicon_for(opened.manifest))
+    with only_json(as_json) as stream:
+        opened = Bank.open(bank)
+        rows = opened.export(target or stream.buffer, chosen, defaults.lexicon_for(opened.manifest))
+        if as_json:
+            print_json({"rows": rows, "out": str(target), "format": chosen}, stream)
     note(f"{rows:,} rows{f' in {target}' if target else ''}")
 
 

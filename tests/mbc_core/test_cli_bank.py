@@ -111,6 +111,20 @@ def test_export_to_a_file_by_its_ending(bank, tmp_path, capsys, monkeypatch, nam
     assert all(len(row["codes"]) == 24 and len(row["words"].split()) == 3 for row in rows)
 
 
+def test_export_as_json_tells_what_was_written(bank, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(defaults, "lexicon", Numbers)
+    out = tmp_path / "decoded.jsonl"
+    assert run(cli, ["export", "--bank", bank.uri, "--out", str(out), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told == {"rows": 10, "out": str(out), "format": "jsonl"}
+    assert len(out.read_text("utf-8").splitlines()) == 10
+
+
+def test_export_as_json_needs_a_file_for_the_rows(bank, capsys):
+    assert run(cli, ["export", "--bank", bank.uri, "--json"]) == 2
+    assert "name it with --out" in capsys.readouterr().err
+
+
 def test_export_to_standard_output(bank, monkeypatch):
     stream = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
     monkeypatch.setattr(defaults, "lexicon", Numbers)
