@@ -270,7 +270,7 @@ def _close(told: Demo) -> None:
     told.figures["total_seconds"] = round(told.seconds, 1)
     told.console.print(
         f"Done in {told.seconds:.0f} s, at most {_peak_memory() / 1e9:.1f} GB of memory. The bank is {told.bank}; try"
-        f' `mbc ask "…" --bank {told.bank}`.'
+        f' `mbc {"ask" if model else "recall"} "…" --bank {told.bank}`.'
     )
 
 
