@@ -15,6 +15,9 @@ TIME = pa.timestamp("us", tz="UTC")
 UNDATED = "undated"
 """Name of the window that holds documents without a time, in batch."""
 
+FORGOTTEN = "forgotten"
+"""Reason of the dead letters that stand for documents which were to be forgotten: they hold no text and no id."""
+
 DEAD_LETTER_REASONS = (
     "not_json",
     "not_utf8",
@@ -28,6 +31,7 @@ DEAD_LETTER_REASONS = (
     "encode_failed",
     "source_vanished",
     "source_unreadable",
+    FORGOTTEN,
 )
 
 CODES = pa.schema(
@@ -137,6 +141,17 @@ LIVE_ADAPTER = pa.schema(
     ]
 )
 """Promotions and rollbacks in order of ``added_at``; a null version means that the release's own adapter is live."""
+
+TOMBSTONES = pa.schema(
+    [
+        pa.field("tombstone", pa.binary(), nullable=False),
+        pa.field("present_since", TIME),
+        pa.field("forgotten_at", TIME, nullable=False),
+    ]
+)
+"""One row a document that was to be forgotten: a keyed hash of its key (16 bytes), and since when the bank had held
+it (null: it did not). Plain Parquet files below ``tombstones/``, in no Delta table; a bank without them has none.
+"""
 
 TABLES: dict[str, pa.Schema] = {
     "codes": CODES,

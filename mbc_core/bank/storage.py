@@ -32,10 +32,19 @@ _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 @dataclass(frozen=True, slots=True)
 class StoredFile:
-    """A file as the store lists it: ``path`` relative to the bank's root, ``size`` in bytes."""
+    """A file as the store lists it: ``path`` relative to the bank's root, ``size`` in bytes.
+
+    ``modified`` is the store's time of writing, seconds since the epoch; it plays no part in comparisons.
+    """
 
     path: str
     size: int
+    modified: float = field(default=0.0, compare=False)
+
+    @property
+    def is_temporary(self) -> bool:
+        """Whether it was being written and has no name yet; only :meth:`Storage.list` with ``temporary`` shows it."""
+        return self.path.rsplit("/", 1)[-1].startswith(_TEMPORARY)
 
 
 @dataclass(frozen=True)
@@ -100,16 +109,16 @@ class Storage:
             info = self.filesystem.get_file_info(self._inner(path))
         return int(info.size) if info.type == pafs.FileType.File else None
 
-    def list(self, path: str = "") -> list[StoredFile]:
-        """Every file below the folder ``path``, sorted by path; unfinished temporary files are left out."""
+    def list(self, path: str = "", *, temporary: bool = False) -> list[StoredFile]:
+        """Every file below the folder ``path``, sorted by path; unfinished temporary files only with ``temporary``."""
         selector = pafs.FileSelector(self._inner(path), recursive=True, allow_not_found=True)
         with storage_errors("list", self.locate(path)):
             found = self.filesystem.get_file_info(selector)
         cut = len(self._inner("")) + 1
         files = [
-            StoredFile(info.path[cut:], int(info.size))
+            StoredFile(info.path[cut:], int(info.size), (info.mtime_ns or 0) / 1e9)
             for info in found
-            if info.type == pafs.FileType.File and not info.base_name.startswith(_TEMPORARY)
+            if info.type == pafs.FileType.File and (temporary or not info.base_name.startswith(_TEMPORARY))
         ]
         return sorted(files, key=lambda one: one.path)
 
@@ -141,6 +150,21 @@ class Storage:
             )
         return written
 
+    def replace(self, path: str, data: bytes) -> None:
+        """Give a file new contents in one step. Only for Delta logs that are cut short: nothing else changes.
+
+        Raises:
+            StorageError: the store is full or may not be written.
+        """
+        with storage_errors("write", self.locate(path)):
+            if not self.is_local:
+                with self.filesystem.open_output_stream(self._inner(path)) as stream:
+                    stream.write(data)
+                return
+            final = Path(self._inner(path))
+            with _flushed(final, data) as temporary:
+                temporary.replace(final)
+
     def delete(self, path: str) -> None:
         """Delete one named file; nothing happens when it is not there."""
         if self.exists(path):
@@ -154,15 +178,8 @@ class Storage:
     def _write_local(self, path: str, data: bytes) -> bool:
         final = Path(self._inner(path))
         final.parent.mkdir(parents=True, exist_ok=True)
-        temporary = final.parent / f"{_TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}"
-        try:
-            with temporary.open("xb") as stream:
-                stream.write(data)
-                stream.flush()
-                os.fsync(stream.fileno())
+        with _flushed(final, data) as temporary:
             return _link_new(temporary, final)
-        finally:
-            temporary.unlink(missing_ok=True)
 
     def _write_object(self, path: str, data: bytes) -> bool:
         if self.exists(path):
@@ -170,6 +187,20 @@ class Storage:
         with self.filesystem.open_output_stream(self._inner(path)) as stream:
             stream.write(data)
         return True
+
+
+@contextlib.contextmanager
+def _flushed(final: Path, data: bytes) -> Iterator[Path]:
+    """``data`` on the disk under a temporary name beside ``final``; the name is gone afterwards."""
+    temporary = final.parent / f"{_TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}"
+    try:
+        with temporary.open("xb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
