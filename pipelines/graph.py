@@ -14,6 +14,7 @@ from apache_beam.runners.runner import PipelineResult
 from mbc_core import errors
 from mbc_core.bank import Bank, SliceId
 from mbc_core.codebook.update import UpdateRule
+from mbc_core.bank.recheck import JudgedAt
 from mbc_core.codes import Rotation
 from mbc_core.errors import MbcError
 from pipelines.codebook_store import BankCodebooks
@@ -59,11 +60,13 @@ class Share:
         replay_limits: window → most replay rows.
     """
 
+        judged: what its duplicates were judged against.
     slice_id: SliceId
     continues: str | None = None
     replay_limits: Mapping[str, int] = field(default_factory=dict)
 
 
+    judged: JudgedAt | None = None
 def build(read: Read, job: Job, share: Share) -> beam.PCollection[str]:
     """Wire the transforms behind ``read``; returns the committed slice's name."""
     slots = job.bank.manifest.slots
@@ -76,7 +79,7 @@ def build(read: Read, job: Job, share: Share) -> beam.PCollection[str]:
     letters = (read.dead_letters, encoded.dead_letters) | "DeadLetters" >> beam.Flatten()
     tallies = (read.tallies, codebooks.tallies) | "Tallies" >> beam.Flatten()
     parts = {"codes": codes, "dead_letters": letters, "tallies": tallies}
-    return parts | "WriteCodes" >> WriteCodes(job.bank, share.slice_id, job.shards, share.replay_limits)
+    return parts | "WriteCodes" >> WriteCodes(job.bank, share.slice_id, job.shards, share.replay_limits, share.judged)
 
 
 def build_slice(

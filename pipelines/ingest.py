@@ -35,6 +35,7 @@ from mbc_core.bank import (
     finished_slices,
 )
 from mbc_core.bank.codebooks import version_rows
+from mbc_core.bank.recheck import JudgedAt
 from mbc_core.codebook.files import Codebook
 from mbc_core.codes import Rotation
 from mbc_core.errors import MbcError, UsageError
@@ -191,12 +192,16 @@ def _run_slices(
 
 @dataclass(frozen=True)
 class _Chosen:
-    """The run to do: its name and plan, its finished commits, and what the bank shows right now."""
+    """The run to do: its name and plan, its finished commits, and what the bank shows right now.
+
+    ``judged`` names the moment of ``visible``: each commit looks again at what others have added since.
+    """
 
     ingest_id: str
     plan: Plan
     finished: set[str]
     visible: VisibleKeys
+    judged: JudgedAt
 
 
 def _choose_run(bank: Bank, spill: Spill, settings: IngestSettings) -> _Chosen:
@@ -207,13 +212,14 @@ def _choose_run(bank: Bank, spill: Spill, settings: IngestSettings) -> _Chosen:
     another run, under the next name.
     """
     base = settings.ingest_id or _derived_id(spill.fingerprint, settings)
+    judged = JudgedAt(bank.table("codes").version())  # before it is read: what comes between is looked at twice
     now = bank.visible()
     for generation in itertools.count(1):
         ingest_id = base if generation == 1 else f"{base}-{generation}"
         finished = finished_slices(bank, ingest_id)
         before = bank.visible(ignore_ingest=ingest_id) if finished else now
         plan = make_plan(spill, before, settings.slice_documents)
-        chosen = _Chosen(ingest_id, plan, finished, now)
+        chosen = _Chosen(ingest_id, plan, finished, now, judged)
         if settings.ingest_id or plan.names - finished:
             return chosen
         if (now.status(plan.keys, plan.hashes) == Status.DUPLICATE).all():
@@ -256,7 +262,7 @@ class _SliceRunner:
 
     def _run_slice(self, one: Slice) -> None:
         rows, tallies = drop_duplicates(read_rows(one.path), self._chosen.visible)
-        share = Share(self._begin(one.name), one.continues, self._replay_limits(one))
+        share = Share(self._begin(one.name), one.continues, self._replay_limits(one), self._chosen.judged)
         if rows.num_rows:
             path = one.path.with_suffix(".batches")
             with staging_errors(path):
@@ -291,7 +297,8 @@ class _SliceRunner:
 def _run_distributed(found: Found, opened: _Opened, settings: IngestSettings, beam_args: Sequence[str]) -> _Outcome:
     """One pipeline that reads its sources itself and makes one commit."""
     ingest_id = settings.ingest_id or _id_from_listing(found.sources, settings)
-    share = Share(begin_slice(opened.bank, ingest_id, _WHOLE))
+    judged = JudgedAt(opened.bank.table("codes").version())
+    share = Share(begin_slice(opened.bank, ingest_id, _WHOLE), judged=judged)
     finished = finished_slices(opened.bank, ingest_id)
     if _WHOLE not in finished:
         pipeline = beam.Pipeline(options=options_of(beam_args))

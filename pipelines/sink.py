@@ -16,6 +16,7 @@ import apache_beam as beam
 import pyarrow as pa
 
 from mbc_core.bank import Bank, PreparedFile, SliceId, SliceRows, commit_slice, write_slice_rows
+from mbc_core.bank.recheck import JudgedAt
 from pipelines import coders as _coders  # noqa: F401 - registers the elements' coders
 from pipelines.plain import deal_by_key, smallest_by_priority
 from pipelines.records import CodeBatch, DeadLetters, Tally, concat, sum_tallies
@@ -39,6 +40,7 @@ class WriteCodes(beam.PTransform):
         slice_id: ingest id, name and pane; made before the workers start, so that retries agree.
         shards: files a table; keep ≥ 5,000 documents a shard.
         replay_limits: window → most replay rows it keeps; ``REPLAY_PER_WINDOW`` for others.
+        judged: what duplicates were judged against; the commit judges again what others have added since.
 
     Raises (while running):
         MbcError: documents seen are not all accounted for.
@@ -49,10 +51,15 @@ class WriteCodes(beam.PTransform):
     """
 
     def __init__(
-        self, bank: Bank, slice_id: SliceId, shards: int = 1, replay_limits: Mapping[str, int] | None = None
+        self,
+        bank: Bank,
+        slice_id: SliceId,
+        shards: int = 1,
+        replay_limits: Mapping[str, int] | None = None,
+        judged: JudgedAt | None = None,
     ) -> None:
         super().__init__()
-        self.bank, self.slice_id, self.shards = bank, slice_id, shards
+        self.bank, self.slice_id, self.shards, self.judged = bank, slice_id, shards, judged
         self.replay_limits = dict(replay_limits or {})
 
     def expand(self, pcolls: Mapping[str, PCollection[Any]]) -> PCollection[str]:
@@ -79,7 +86,7 @@ class WriteCodes(beam.PTransform):
             | "Parts" >> beam.Flatten()
             | "KeyParts" >> beam.WithKeys(_ONE_COMMIT).with_output_types(tuple[str, tuple[str, bytes]])
             | "GatherParts" >> beam.GroupByKey()
-            | "CommitSlice" >> beam.ParDo(_CommitDoFn(self.bank, self.slice_id)).with_output_types(str)
+            | "CommitSlice" >> beam.ParDo(_CommitDoFn(self.bank, self.slice_id, self.judged)).with_output_types(str)
         )
 
 
@@ -115,8 +122,8 @@ class _WriteDeadLettersDoFn(beam.DoFn):
 
 
 class _CommitDoFn(beam.DoFn):
-    def __init__(self, bank: Bank, slice_id: SliceId) -> None:
-        self._bank, self._slice_id = bank, slice_id
+    def __init__(self, bank: Bank, slice_id: SliceId, judged: JudgedAt | None) -> None:
+        self._bank, self._slice_id, self._judged = bank, slice_id, judged
 
     def process(self, element: tuple[str, Iterable[tuple[str, bytes]]]) -> Iterator[str]:
         files: dict[str, list[PreparedFile]] = {}
@@ -126,7 +133,7 @@ class _CommitDoFn(beam.DoFn):
                 tallies.append(Tally.from_bytes(data))
             else:
                 files.setdefault(kind, []).append(PreparedFile(**json.loads(data)))
-        commit(self._bank, self._slice_id, files, tallies)
+        commit(self._bank, self._slice_id, files, tallies, self._judged)
         yield self._slice_id.name
 
 
@@ -151,8 +158,17 @@ def write_shard(
     return files, _shard_tallies(batch)
 
 
-def commit(bank: Bank, slice_id: SliceId, files: Mapping[str, list[PreparedFile]], tallies: Iterable[Tally]) -> bool:
+def commit(
+    bank: Bank,
+    slice_id: SliceId,
+    files: Mapping[str, list[PreparedFile]],
+    tallies: Iterable[Tally],
+    judged: JudgedAt | None = None,
+) -> bool:
     """Commit prepared files and the ledger rows made of ``tallies``, once.
+
+    Args:
+        judged: what duplicates were judged against; what others have added since is judged again.
 
     Returns:
         False when the slice was committed before.
@@ -167,7 +183,7 @@ def commit(bank: Bank, slice_id: SliceId, files: Mapping[str, list[PreparedFile]
         dead_letters=files.get("dead_letter", []),
         ledger=ledger_rows(sum_tallies(tallies), slice_id),
     )
-    return commit_slice(bank, rows, slice_id.ingest_id, slice_id.name, slice_id.pane, slice_id)
+    return commit_slice(bank, rows, slice_id.ingest_id, slice_id.name, slice_id.pane, slice_id, judged)
 
 
 def write_slice(
@@ -177,11 +193,13 @@ def write_slice(
     tallies: Iterable[Tally],
     dead_letters: DeadLetters | None = None,
     replay_limits: Mapping[str, int] | None = None,
+    judged: JudgedAt | None = None,
 ) -> bool:
     """The plain twin of :class:`WriteCodes`, and the commit of records that need no encoding.
 
     Args:
         dead_letters: its counts must be in ``tallies`` already.
+        judged: what duplicates were judged against.
 
     Returns:
         False when the slice was committed before.
@@ -195,7 +213,7 @@ def write_slice(
     if dead_letters is not None:
         rows = dead_letter_rows(dead_letters, slice_id)
         files["dead_letter"] = [write_slice_rows(bank, "dead_letter", rows, slice_id)]
-    return commit(bank, slice_id, files, counts)
+    return commit(bank, slice_id, files, counts, judged)
 
 
 def dead_letter_rows(letters: DeadLetters, slice_id: SliceId) -> pa.Table:

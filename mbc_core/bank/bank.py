@@ -127,14 +127,14 @@ class Bank:
         storage.write_new(MANIFEST, agreed.encode())
         return bank
 
-    def table(self, name: str) -> DeltaTable:
-        """The Delta table ``name``, at its newest version.
+    def table(self, name: str, version: int | None = None) -> DeltaTable:
+        """The Delta table ``name``, at its newest version, or at an older one while its log is kept.
 
         Raises:
             IncompatibleBank: its columns are not those of this release.
             StorageError: it cannot be read.
         """
-        delta = _load_table(self.storage, name)
+        delta = _load_table(self.storage, name, version)
         found, expected = pa.schema(delta.schema()), TABLES[name]
         if not found.equals(expected):
             raise IncompatibleBank(

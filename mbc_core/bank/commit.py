@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -30,6 +30,7 @@ from schemas.tables import TABLES
 
 if TYPE_CHECKING:
     from mbc_core.bank.bank import Bank
+    from mbc_core.bank.recheck import JudgedAt, Recheck
 
 PREPARATORY = ("replay", "documents", "dead_letter")
 """Tables committed before ``codes``, in this order."""
@@ -40,6 +41,10 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
 _FILE = re.compile(
     r"(?P<ingest>[^/]+)/(?P<slice>.+)-p(?P<pane>\d+)-t(?P<added_at>\d+)-s(?P<shard>\d+)-(?P<digest>[0-9a-f]{32})\.parquet"
 )
+
+
+class Overtaken(Exception):
+    """Another run has made visible what this commit was going to add."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,13 +162,19 @@ def commit_files(
     app_id: str,
     version: int = 0,
     metadata: dict[str, str] | None = None,
+    overtaken: Callable[[DeltaTable], bool] | None = None,
 ) -> bool:
     """Make ``files`` part of ``table`` in one atomic commit, at most once for (app_id, version).
+
+    Args:
+        overtaken: looks at the table as it is just before the commit; True gives the commit up. The commit is made
+            only if no other one came after that look; else it looks again.
 
     Returns:
         True when committed now; False when it had been committed before, by this process or another.
 
     Raises:
+        Overtaken: ``overtaken`` said so; nothing was committed.
         DamagedFile: a file is missing or has another size than when it was prepared.
         StorageError: the log may not be written, or other writers won too often.
     """
@@ -179,11 +190,18 @@ def commit_files(
         )
         for one in files
     ]
-    properties = CommitProperties(custom_metadata=metadata, app_transactions=[Transaction(app_id, version)])
+    properties = CommitProperties(
+        custom_metadata=metadata,
+        app_transactions=[Transaction(app_id, version)],
+        # deltalake would retry by itself behind commits that do not conflict in its eyes, without asking us again.
+        max_commit_retries=None if overtaken is None else 0,
+    )
     for attempt in range(_ATTEMPTS):
         delta = bank.table(table)
         if _is_committed(delta, app_id, version):
             return False
+        if overtaken is not None and overtaken(delta):
+            raise Overtaken
         try:
             delta.create_write_transaction(actions, "append", delta.schema(), commit_properties=properties)
         except CommitFailedError:
@@ -207,7 +225,13 @@ def is_committed(bank: Bank, table: str, app_id: str, version: int = 0) -> bool:
 
 
 def commit_slice(
-    bank: Bank, rows: SliceRows, ingest_id: str, slice_name: str, pane: int = 0, slice_id: SliceId | None = None
+    bank: Bank,
+    rows: SliceRows,
+    ingest_id: str,
+    slice_name: str,
+    pane: int = 0,
+    slice_id: SliceId | None = None,
+    judged: JudgedAt | None = None,
 ) -> bool:
     """Add one slice to the bank, exactly once, whenever earlier attempts died.
 
@@ -216,26 +240,50 @@ def commit_slice(
         rows: what to add. Given as rows, an interrupted earlier attempt with equal rows is continued.
         ingest_id, slice_name, pane: which slice.
         slice_id: the slice as begun before, when files were prepared under it; made here otherwise.
+        judged: what the documents were judged against: what other runs have added since is judged again, and what
+            has become a duplicate is left out and counted so. None: nothing is judged.
 
     Returns:
         True when this call made the slice visible; False when it was visible before.
+
+    Raises:
+        StorageError: the store refused, or other runs added the same documents every time.
     """
+    from mbc_core.bank.recheck import Recheck, judged_again
+
     _check_ledger(rows.ledger, ingest_id, slice_name, pane)
     begun = slice_id or _continued(bank, rows, ingest_id, slice_name, pane)
     begun = begun or begin_slice(bank, ingest_id, slice_name, pane)
     if is_committed(bank, "codes", begun.app_id("codes"), pane):
         settle(bank, ingest_id)
         return False
+    for _ in range(_ATTEMPTS):
+        watch = None if judged is None else Recheck(bank, begun, rows, judged)
+        try:
+            return _commit_once(bank, rows, begun, watch)
+        except Overtaken:
+            rows, begun, judged = judged_again(bank, rows, begun)
+    raise StorageError(
+        f"other runs added the documents of slice {slice_name} every time before it could be committed",
+        value=f"{_ATTEMPTS} attempts",
+        cause="many runs ingest the same documents at the same moment",
+        fix="run again (finished slices are skipped), with fewer writers at a time",
+    )
+
+
+def _commit_once(bank: Bank, rows: SliceRows, begun: SliceId, watch: Recheck | None) -> bool:
     for table, given in (("replay", rows.replay), ("documents", rows.documents), ("dead_letter", rows.dead_letters)):
         if files := _prepare(bank, table, given, begun):
-            commit_files(bank, table, files, begun.app_id(table), pane)
+            commit_files(bank, table, files, begun.app_id(table), begun.pane)
     codes = _prepare(bank, "codes", rows.codes, begun)
     ledger = write_slice_rows(bank, "ledger", rows.ledger, begun)
-    won = commit_files(bank, "codes", codes, begun.app_id("codes"), pane, {_LEDGER_FILE: ledger.path})
+    named = {_LEDGER_FILE: ledger.path}
+    overtaken = None if watch is None else watch.overtaken
+    won = commit_files(bank, "codes", codes, begun.app_id("codes"), begun.pane, named, overtaken)
     if won:
-        commit_files(bank, "ledger", [ledger], begun.app_id("ledger"), pane)
+        commit_files(bank, "ledger", [ledger], begun.app_id("ledger"), begun.pane)
     else:
-        settle(bank, ingest_id)
+        settle(bank, begun.ingest_id)
     return won
 
 

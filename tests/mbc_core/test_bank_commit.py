@@ -47,9 +47,9 @@ def test_order_is_replay_documents_dead_letters_codes_ledger(bank, monkeypatch):
     order = []
     real = commit_module.commit_files
 
-    def noting(bank, table, files, app_id, version=0, metadata=None):
+    def noting(bank, table, files, app_id, version=0, *more):
         order.append((table, app_id.split("/")[0], version))
-        return real(bank, table, files, app_id, version, metadata)
+        return real(bank, table, files, app_id, version, *more)
 
     monkeypatch.setattr(commit_module, "commit_files", noting)
     commit_slice(bank, make_slice("run", "0", numbered(0, 2), dead=1, pane=4), "run", "0", pane=4)
