@@ -13,8 +13,8 @@ from apache_beam.runners.runner import PipelineResult
 
 from mbc_core import errors
 from mbc_core.bank import Bank, SliceId
-from mbc_core.codebook.update import UpdateRule
 from mbc_core.bank.recheck import JudgedAt
+from mbc_core.codebook.update import UpdateRule
 from mbc_core.codes import Rotation
 from mbc_core.errors import MbcError
 from pipelines.codebook_store import BankCodebooks
@@ -58,15 +58,15 @@ class Share:
     Attributes:
         slice_id: its name. continues: the window that goes on in the next slice.
         replay_limits: window → most replay rows.
+        judged: what its duplicates were judged against.
     """
 
-        judged: what its duplicates were judged against.
     slice_id: SliceId
     continues: str | None = None
     replay_limits: Mapping[str, int] = field(default_factory=dict)
-
-
     judged: JudgedAt | None = None
+
+
 def build(read: Read, job: Job, share: Share) -> beam.PCollection[str]:
     """Wire the transforms behind ``read``; returns the committed slice's name."""
     slots = job.bank.manifest.slots
