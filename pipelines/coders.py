@@ -6,7 +6,9 @@ update contract of a running pipeline: change them only together with a new clas
 
 from __future__ import annotations
 
+import json
 import struct
+from dataclasses import astuple
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -15,6 +17,7 @@ from apache_beam.coders import Coder
 from apache_beam.coders.typecoders import registry
 
 from pipelines.records import CodeBatch, DeadLetters, DocumentBatch, EncodedBatch, Tally, WindowVectors
+from pipelines.spill import SpilledBatch, SpilledVectors
 
 _LENGTH = struct.Struct("<Q")
 
@@ -126,10 +129,55 @@ class TallyCoder(Coder):
         return hash(type(self))
 
 
+Reference = TypeVar("Reference", SpilledBatch, SpilledVectors)
+
+
+class ReferenceCoder(Coder, Generic[Reference]):
+    """Coder of names of files on a common disk: their fields as JSON; one subclass each."""
+
+    element: type[Reference]
+
+    def encode(self, value: Reference) -> bytes:
+        """JSON bytes."""
+        return json.dumps(astuple(value)).encode()
+
+    def decode(self, encoded: bytes) -> Reference:
+        """Inverse of :meth:`encode`."""
+        return self.element(*(tuple(one) if isinstance(one, list) else one for one in json.loads(encoded)))
+
+    def is_deterministic(self) -> bool:
+        """Equal names, equal bytes."""
+        return True
+
+    def to_type_hint(self) -> type[Reference]:
+        """The element class."""
+        return self.element
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other)
+
+    def __hash__(self) -> int:
+        return hash(type(self))
+
+
+class SpilledBatchCoder(ReferenceCoder[SpilledBatch]):
+    """Coder of :class:`~pipelines.spill.SpilledBatch`."""
+
+    element = SpilledBatch
+
+
+class SpilledVectorsCoder(ReferenceCoder[SpilledVectors]):
+    """Coder of :class:`~pipelines.spill.SpilledVectors`."""
+
+    element = SpilledVectors
+
+
 def register() -> None:
     """Tell Beam's registry which coder each element class takes; importing this module does it."""
     for coder in (DocumentBatchCoder, EncodedBatchCoder, WindowVectorsCoder, CodeBatchCoder, DeadLettersCoder):
         registry.register_coder(coder.element, coder)
+    for reference in (SpilledBatchCoder, SpilledVectorsCoder):
+        registry.register_coder(reference.element, reference)
     registry.register_coder(Tally, TallyCoder)
 
 

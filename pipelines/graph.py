@@ -6,6 +6,7 @@ import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions
@@ -23,6 +24,7 @@ from pipelines.plain import EncodeRule
 from pipelines.read import Read, ReadDocuments, ReadStaged, StagedBatches
 from pipelines.records import Tally
 from pipelines.sources import Source
+from pipelines.spill import Spill
 from pipelines.transforms import Encode, Quantize, UpdateCodebook, WriteCodes
 
 LOCAL_RUNNER = "FnApiRunner"
@@ -67,12 +69,16 @@ class Share:
     judged: JudgedAt | None = None
 
 
-def build(read: Read, job: Job, share: Share) -> beam.PCollection[str]:
-    """Wire the transforms behind ``read``; returns the committed slice's name."""
+def build(read: Read, job: Job, share: Share, spill_folder: Path | None = None) -> beam.PCollection[str]:
+    """Wire the transforms behind ``read``; returns the committed slice's name.
+
+    Args:
+        spill_folder: on a disk that every worker sees: the embeddings wait there between the two passes over them.
+    """
     slots = job.bank.manifest.slots
     encoded = read.batches | "Encode" >> Encode(job.encoder, job.rule)
     # From here on every step sees the same embeddings, also when a worker is lost and its bundle encoded again.
-    batches = encoded.batches | "Settle" >> beam.Reshuffle()
+    batches = encoded.batches | "Settle" >> (beam.Reshuffle() if spill_folder is None else Spill(spill_folder))
     store = BankCodebooks(job.bank, share.slice_id, job.update_rule)
     codebooks = batches | "UpdateCodebook" >> UpdateCodebook(store, job.rotation, slots, share.continues)
     codes = batches | "Quantize" >> Quantize(codebooks, job.rotation, slots)
@@ -96,7 +102,7 @@ def build_slice(
         | "PlanTallies" >> beam.Create(counted, reshuffle=False).with_output_types(bytes)
         | "ParseTallies" >> beam.Map(Tally.from_bytes).with_output_types(Tally),
     )
-    return build(read, job, share)
+    return build(read, job, share, staged.spill_folder)
 
 
 def build_distributed(

@@ -270,7 +270,7 @@ class _SliceRunner:
             pipeline = beam.Pipeline(options=options_of(self._beam_args))
             build_slice(pipeline, staged, tallies, self._job, share)
             run(pipeline)
-            path.unlink()
+            staged.remove()
         else:
             write_slice(self._job.bank, share.slice_id, None, tallies)
         one.path.unlink()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,8 @@ _REJECTED_AT_ONCE = 100
 class StagedBatches:
     """An Arrow IPC file whose record batches are document batches; workers read theirs by number.
 
+    Beside it is a folder where the batches' embeddings wait for the second pass (see ``pipelines.spill``).
+
     Attributes:
         path: on a disk that every worker sees. batches: how many.
     """
@@ -57,7 +60,19 @@ class StagedBatches:
         with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, documents.schema) as out:
             for start, end in zip([0, *ends[:-1]], ends, strict=True):
                 out.write_batch(documents.take(pa.array(order[start:end])))
-        return cls(str(path), len(ends))
+        staged = cls(str(path), len(ends))
+        staged.spill_folder.mkdir(exist_ok=True)
+        return staged
+
+    @property
+    def spill_folder(self) -> Path:
+        """For what the slice spills while it runs."""
+        return Path(self.path).with_suffix(".spilled")
+
+    def remove(self) -> None:
+        """Delete the file and what was spilled beside it."""
+        shutil.rmtree(self.spill_folder, ignore_errors=True)
+        Path(self.path).unlink()
 
     def read(self, number: int) -> DocumentBatch:
         """Batch ``number``."""

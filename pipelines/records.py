@@ -108,6 +108,14 @@ class EncodedBatch:
         """h of the paper, float32 [passages, width], without a copy."""
         return embeddings_of(self.passages)
 
+    def by_window(self) -> Iterator[tuple[str, WindowVectors]]:
+        """The vectors of each window in the batch."""
+        return by_window(self.passages)
+
+    def load(self) -> EncodedBatch:
+        """Itself: it is in memory (``pipelines.spill`` has its like on disk)."""
+        return self
+
 
 @dataclass(frozen=True, eq=False)
 class WindowVectors:
@@ -123,6 +131,10 @@ class WindowVectors:
     def embeddings(self) -> npt.NDArray[np.float32]:
         """h of the paper, float32 [passages, width], without a copy."""
         return embeddings_of(self.passages)
+
+    def load(self) -> WindowVectors:
+        """Itself: it is in memory (``pipelines.spill`` has its like on disk)."""
+        return self
 
 
 @dataclass(frozen=True, eq=False)

@@ -25,8 +25,9 @@ from pipelines.codebook_store import CodebookStore
 from pipelines.encoding import EncoderSource, acquire
 from pipelines.plain import EncodeRule, assign_codebooks, encode_or_reject, quantize_batch
 from pipelines.progress import ENCODED
-from pipelines.records import CodeBatch, DeadLetters, DocumentBatch, EncodedBatch, Tally, WindowVectors, by_window
+from pipelines.records import CodeBatch, DeadLetters, DocumentBatch, EncodedBatch, Tally, WindowVectors
 from pipelines.sink import WriteCodes
+from pipelines.spill import SpilledBatch, SpilledVectors
 
 __all__ = ["Codebooks", "Encode", "Encoded", "Quantize", "UpdateCodebook", "WriteCodes"]
 
@@ -138,11 +139,10 @@ class UpdateCodebook(beam.PTransform):
         super().__init__()
         self.store, self.rotation, self.slots, self.continues = store, rotation, slots, continues
 
-    def expand(self, pcoll: PCollection[EncodedBatch]) -> Codebooks:
+    def expand(self, pcoll: PCollection[EncodedBatch | SpilledBatch]) -> Codebooks:
         """Vectors by window as a side input of one walk."""
-        vectors = pcoll | "VectorsByWindow" >> beam.FlatMap(_vectors_by_window).with_output_types(
-            tuple[str, WindowVectors]
-        )
+        kind = SpilledVectors if pcoll.element_type is SpilledBatch else WindowVectors
+        vectors = pcoll | "VectorsByWindow" >> beam.FlatMap(_vectors_by_window).with_output_types(tuple[str, kind])
         windows = vectors | "Windows" >> beam.Keys()
         walk = beam.ParDo(
             _WalkDoFn(self.store, self.rotation, self.slots, self.continues),
@@ -160,8 +160,8 @@ class UpdateCodebook(beam.PTransform):
         return Codebooks(outputs.choices, outputs.versions, outputs.tallies)
 
 
-def _vectors_by_window(batch: EncodedBatch) -> Iterator[tuple[str, WindowVectors]]:
-    return by_window(batch.passages)
+def _vectors_by_window(batch: EncodedBatch | SpilledBatch) -> Iterator[tuple[str, WindowVectors | SpilledVectors]]:
+    return batch.by_window()
 
 
 class _WalkDoFn(beam.DoFn):
@@ -169,12 +169,12 @@ class _WalkDoFn(beam.DoFn):
         self._store, self._rotation, self._slots, self._continues = store, rotation, slots, continues
 
     def process(
-        self, _: bytes, windows: Iterable[str], vectors: Mapping[str, Iterable[WindowVectors]]
+        self, _: bytes, windows: Iterable[str], vectors: Mapping[str, Iterable[WindowVectors | SpilledVectors]]
     ) -> Iterator[tuple[str, int] | pvalue.TaggedOutput]:
         found = assign_codebooks(
             self._store.chain(),
             windows,
-            vectors.__getitem__,
+            lambda window: (one.load() for one in vectors[window]),
             self._rotation,
             self._slots,
             continues=self._continues,
@@ -208,7 +208,7 @@ class Quantize(beam.PTransform):
         super().__init__()
         self.codebooks, self.rotation, self.slots = codebooks, rotation, slots
 
-    def expand(self, pcoll: PCollection[EncodedBatch]) -> PCollection[CodeBatch]:
+    def expand(self, pcoll: PCollection[EncodedBatch | SpilledBatch]) -> PCollection[CodeBatch]:
         """One DoFn with the codebooks as side inputs."""
         if isinstance(self.codebooks, Codebook):
             fixed = _FixedCodebook(self.codebooks)
@@ -240,12 +240,12 @@ class _QuantizeDoFn(beam.DoFn):
 
     def process(
         self,
-        element: EncodedBatch,
+        element: EncodedBatch | SpilledBatch,
         choices: Mapping[str, int] | None = None,
         versions: Mapping[int, bytes] | None = None,
     ) -> Iterator[CodeBatch]:
         book_of = self._book_of or (lambda window: self._book((choices or {})[window], versions or {}))
-        yield quantize_batch(element, book_of, self._rotation, self._slots)
+        yield quantize_batch(element.load(), book_of, self._rotation, self._slots)
 
     def _book(self, version: int, versions: Mapping[int, bytes]) -> Codebook:
         if version not in self._books:  # versions never change, so a worker may keep them
