@@ -1,8 +1,10 @@
-"""The lexicon: a frozen byte-level BPE whose ids are the word codes (0 … 61,439; the rest of 16 bits is reserved).
+"""The lexicon: a frozen byte-level BPE whose ids are the word codes, and how many bits each takes on storage.
 
-The file is JSON, gzipped when its name ends in ``.gz``, and holds the merges only: ids 0-255 are the bytes, id
-256 upwards what the merges make, in order. A word is encoded with a space before it, so codes of several words
-decode to text with spaces between them, whatever the words were.
+The file is JSON, gzipped when its name ends in ``.gz``. ``merges``: ids 0-255 are the bytes, id 256 upwards what the
+merges make, in order (at most 61,440 ids; the rest of 16 bits is reserved). ``bits``: length of each id's code in a
+canonical Huffman code, so that a common word costs a few bits and a rare name many; without them every id takes 16.
+A word is encoded with a space before it, so codes of several words decode to text with spaces between them,
+whatever the words were.
 """
 
 from __future__ import annotations
@@ -12,16 +14,22 @@ import hashlib
 import json
 import zlib
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from mbc_core.errors import DamagedFile, ModelError
+from mbc_core.prefix_code import PrefixCode
 
 VOCABULARY = 61_440
 """Most entries a lexicon may have; ids from here to 65,535 are reserved."""
 
-FORMAT = "mbc-lexicon-1"
+PLAIN_BITS = 16
+"""Bits of every id in a lexicon without ``bits``; a profile's budget of word codes is counted in these."""
+
+FORMATS = ("mbc-lexicon-1", "mbc-lexicon-2")
+"""Without and with ``bits``."""
 
 
 class Lexicon:
@@ -32,13 +40,17 @@ class Lexicon:
     'on 30°'
     """
 
-    def __init__(self, merges: Sequence[tuple[str, str]]) -> None:
-        self._merges = tuple(merges)
-        self._content = _canonical(self._merges)
+    def __init__(self, merges: Sequence[tuple[str, str]], bits: Sequence[int] | None = None) -> None:
+        self.merges = tuple(merges)
+        self._content = _canonical(self.merges, bits)
         self.digest = hashlib.sha256(self._content).hexdigest()
-        self._tokenizer = _build(self._merges)
+        self._tokenizer = _build(self.merges)
         self._size = self._tokenizer.get_vocab_size()
-        self._known: dict[str, list[int]] = {}
+        self._code = _plain_code() if bits is None else PrefixCode(bits)
+        if bits is not None and len(bits) != self._size:
+            raise ValueError(f"{len(bits)} code lengths for {self._size} entries")
+        self._bits: list[int] = self._code.lengths.tolist()
+        self._known: dict[str, tuple[list[int], int]] = {}
 
     def __len__(self) -> int:
         return self._size
@@ -62,9 +74,10 @@ class Lexicon:
             ) from error
         try:
             fields = json.loads(gzip.decompress(stored) if path.suffix == ".gz" else stored)
-            if fields["format"] != FORMAT:
-                raise ValueError(f"format {fields['format']!r}, this release reads {FORMAT!r}")
-            return cls([_pair(entry) for entry in fields["merges"]])
+            if fields["format"] not in FORMATS:
+                raise ValueError(f"format {fields['format']!r}, this release reads {', '.join(FORMATS)}")
+            bits = fields["bits"] if fields["format"] == FORMATS[1] else None
+            return cls([_pair(entry) for entry in fields["merges"]], bits)
         except (ValueError, KeyError, TypeError, OSError, EOFError, zlib.error) as error:
             raise DamagedFile(
                 "the lexicon file is damaged",
@@ -81,15 +94,33 @@ class Lexicon:
 
     def encode_words(self, words: Sequence[str]) -> list[list[int]]:
         """Codes of each word (one or more a word; none for an empty word), each word on its own."""
-        unknown = list(dict.fromkeys(word for word in words if word not in self._known))
-        if unknown:
-            if len(self._known) > _REMEMBERED:
-                self._known.clear()
-                unknown = list(dict.fromkeys(words))
-            encodings = self._tokenizer.encode_batch([f" {word}" for word in unknown])
-            for word, encoding in zip(unknown, encodings, strict=True):
-                self._known[word] = encoding.ids if word else []
-        return [self._known[word] for word in words]
+        self._learn(words)
+        return [self._known[word][0] for word in words]
+
+    def costs(self, words: Sequence[str]) -> list[int]:
+        """Bits that each word takes on storage."""
+        self._learn(words)
+        return [self._known[word][1] for word in words]
+
+    def pack(self, ids: Sequence[int]) -> bytes:
+        """Word codes → bytes, as stored in the bank."""
+        return self._code.pack(ids)
+
+    def unpack(self, stored: bytes) -> list[int]:
+        """Stored bytes → word codes.
+
+        Raises:
+            DamagedFile: the bytes end inside a code.
+        """
+        return self._code.unpack(stored)
+
+    def read(self, stored: bytes) -> str:
+        """Text of stored bytes, words parted by single spaces.
+
+        Raises:
+            DamagedFile: the bytes are not word codes of this lexicon.
+        """
+        return self.decode(self.unpack(stored))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of word codes, words parted by single spaces.
@@ -108,12 +139,33 @@ class Lexicon:
             )
         return str(self._tokenizer.decode(codes)).strip()
 
+    def _learn(self, words: Sequence[str]) -> None:
+        """Remember codes and bits of words that were not met lately."""
+        unknown = list(dict.fromkeys(word for word in words if word not in self._known))
+        if not unknown:
+            return
+        if len(self._known) > _REMEMBERED:
+            self._known.clear()
+            unknown = list(dict.fromkeys(words))
+        encodings = self._tokenizer.encode_batch([f" {word}" for word in unknown])
+        for word, encoding in zip(unknown, encodings, strict=True):
+            ids = encoding.ids if word else []
+            self._known[word] = ids, sum(self._bits[code] for code in ids)
+
 
 _REMEMBERED = 200_000  # words whose codes are kept in memory (about 40 MB); text repeats itself
 
 
-def _canonical(merges: Sequence[tuple[str, str]]) -> bytes:
-    fields = {"format": FORMAT, "merges": [f"{left} {right}" for left, right in merges]}
+@cache
+def _plain_code() -> PrefixCode:
+    return PrefixCode([PLAIN_BITS] * 2**PLAIN_BITS)
+
+
+def _canonical(merges: Sequence[tuple[str, str]], bits: Sequence[int] | None) -> bytes:
+    fields: dict[str, object] = {"format": FORMATS[bits is not None]}
+    fields["merges"] = [f"{left} {right}" for left, right in merges]
+    if bits is not None:
+        fields["bits"] = [int(length) for length in bits]
     return json.dumps(fields, ensure_ascii=False, indent=0).encode("utf-8")
 
 

@@ -26,7 +26,6 @@ from mbc_core.bank import Bank
 from mbc_core.codes import Rotation, code_size
 from mbc_core.errors import DamagedFile, IncompatibleBank, UsageError
 from mbc_core.recall import Part, RecallIndex
-from mbc_core.words import words_from_bytes
 from schemas.results import AskResult, Source
 
 if TYPE_CHECKING:
@@ -209,7 +208,7 @@ class Memory:
         ]
 
     def _decode(self, stored: bytes) -> str:
-        return self.lexicon.decode(words_from_bytes(stored).tolist()) if self.lexicon is not None and stored else ""
+        return self.lexicon.read(stored) if self.lexicon is not None and stored else ""
 
 
 class Reader:

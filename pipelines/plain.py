@@ -19,7 +19,7 @@ from mbc_core.codes import Rotation, pack, quantize, to_slots
 from mbc_core.evaluation.cloze import make_cloze
 from mbc_core.passages import split_passages
 from mbc_core.windows import window_order
-from mbc_core.words import choose_words, split_words, words_to_bytes
+from mbc_core.words import choose_words, split_words
 from pipelines.encoding import LoadedEncoder, stack
 from pipelines.readers import MAX_RAW_BYTES
 from pipelines.records import (
@@ -144,7 +144,7 @@ def _encode_failed(row: Mapping[str, object], error: Exception) -> dict[str, obj
 def _word_codes(passage: EncodedPassage, loaded: LoadedEncoder, budget: int) -> bytes:
     if loaded.lexicon is None or not budget:
         return b""
-    return words_to_bytes(choose_words(passage.words, passage.scores, budget, loaded.lexicon))
+    return loaded.lexicon.pack(choose_words(passage.words, passage.scores, budget, loaded.lexicon).tolist())
 
 
 def _document_rows(documents: pa.RecordBatch, keep_text: bool) -> pa.RecordBatch:

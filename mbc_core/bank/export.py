@@ -46,8 +46,8 @@ class WordDecoder(Protocol):
     def digest(self) -> str:
         """sha256 (hex) of the lexicon."""
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of the codes."""
+    def read(self, stored: bytes) -> str:
+        """Text of the stored bytes."""
 
 
 def export(
@@ -129,7 +129,7 @@ def decoded_batches(bank: Bank, lexicon: WordDecoder | None, as_of: int | None =
 def _words(payload: bytes, lexicon: WordDecoder | None) -> str:
     if lexicon is None or not payload:
         return ""
-    return lexicon.decode(np.frombuffer(payload, "<u2").tolist())
+    return lexicon.read(payload)
 
 
 def _write_parquet(batches: Iterator[pa.Table], stream: BinaryIO) -> int:

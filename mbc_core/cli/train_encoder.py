@@ -48,6 +48,7 @@ def lexicon_command(files: tuple[Path, ...], extra_text: tuple[Path, ...], out: 
 @click.option("--lr", type=float, default=4e-4, show_default=True, help="Highest learning rate.")
 @click.option("--dropout", type=float, default=0.1, show_default=True)
 @click.option("--layers", default="2,4,6", show_default=True, help="Hidden states of the encoder that the head reads.")
+@click.option("--features/--no-features", default=True, show_default=True, help="Read capitals, marks and the like.")
 @click.option("--evaluate-every", type=click.IntRange(1), default=80, show_default=True, help="Steps.")
 @click.option("--resume/--restart", default=True, show_default=True, help="Take up the checkpoint in --out.")
 @click.option("--seed", type=int, default=0, show_default=True)
@@ -64,6 +65,7 @@ def salience_command(
     lr: float,
     dropout: float,
     layers: str,
+    features: bool,
     evaluate_every: int,
     resume: bool,
     seed: int,
@@ -75,6 +77,7 @@ def salience_command(
     """
     from mbc_core.cli.options import resolve_device
     from mbc_core.encoder.salience_head import SalienceShape
+    from mbc_core.encoder.word_features import SIZES
     from mbc_core.lexicon import Lexicon
     from mbc_core.training.data import load_dev_passages, load_training_passages
     from mbc_core.training.salience import SalienceRecipe, train_salience
@@ -92,7 +95,9 @@ def salience_command(
             learning_rate=lr,
             dropout=dropout,
             evaluate_every=evaluate_every,
-            shape=SalienceShape(layers=tuple(int(layer) for layer in layers.split(","))),
+            shape=SalienceShape(
+                layers=tuple(int(layer) for layer in layers.split(",")), features=SIZES if features else ()
+            ),
         ),
         dev=load_dev_passages(dev, log=_say) if dev else (),
         device=resolve_device(device),

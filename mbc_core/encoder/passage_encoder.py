@@ -18,6 +18,7 @@ from transformers.utils import logging
 
 from mbc_core.encoder.batches import MAX_TOKENS, Batch, plan_batches, token_matrix
 from mbc_core.encoder.salience_head import SalienceHead, word_scores
+from mbc_core.encoder.word_features import SIZES, word_features
 from mbc_core.errors import DamagedFile, ModelError, UsageError
 from mbc_core.passages import MAX_PIECES, PASSAGE_RULE
 from mbc_core.words import Word, split_words
@@ -154,10 +155,15 @@ class PassageEncoder:
         for start in range(0, len(texts), _TEXTS_AT_ONCE):
             chunk = texts[start : start + _TEXTS_AT_ONCE]
             encodings = self.tokenize(chunk)
-            for batch, embeddings, logits in self._forward([encoding.ids for encoding in encodings]):
+            words = [_offered(text) for text in chunk] if self._head is not None else [[] for _ in chunk]
+            for batch, embeddings, logits in self._forward(chunk, encodings, words):
                 for row, place in enumerate(batch.places):
-                    row_logits = None if logits is None else logits[row]
-                    results[start + place] = _passage(chunk[place], encodings[place], embeddings[row], row_logits)
+                    scores = np.zeros(0, dtype=np.float32)
+                    if logits is not None:
+                        pieces = piece_words(encodings[place], words[place])
+                        scores = word_scores(logits[row, : len(pieces)], pieces, len(words[place]))
+                    names = tuple(word.text for word in words[place])
+                    results[start + place] = EncodedPassage(embeddings[row].copy(), names, scores)
                 if progress is not None:
                     progress(len(batch.places))
         return [result for result in results if result is not None]
@@ -203,15 +209,20 @@ class PassageEncoder:
             yield HiddenStates(batch, mask, embeddings, states)  # outside: the caller's own mode is not ours to set
 
     def _forward(
-        self, token_ids: Sequence[Sequence[int]]
+        self, texts: Sequence[str], encodings: Sequence[Encoding], words: Sequence[Sequence[Word]]
     ) -> Iterator[tuple[Batch, npt.NDArray[np.float32], npt.NDArray[np.float32] | None]]:
         """Per batch: embeddings float32 [rows, width] and, with a head, logits float32 [rows, length, 2]."""
         layers = self._head.shape.layers if self._head is not None else ()
-        for found in self.hidden_states(token_ids, layers):
+        for found in self.hidden_states([encoding.ids for encoding in encodings], layers):
             logits = None
             if self._head is not None:
+                features = np.zeros((*found.mask.shape, len(SIZES)), dtype=np.uint8)
+                for row, place in enumerate(found.batch.places):
+                    of_pieces = piece_features(texts[place], encodings[place], words[place])
+                    features[row, : len(of_pieces)] = of_pieces
                 with torch.inference_mode():
-                    logits = self._head(found.states, found.mask).cpu().numpy()
+                    logits = self._head(found.states, found.mask, torch.from_numpy(features).to(self._device))
+                    logits = logits.cpu().numpy()
             yield found.batch, found.embeddings.cpu().numpy(), logits
 
 
@@ -286,14 +297,14 @@ def piece_words(encoding: Encoding, words: Sequence[Word]) -> npt.NDArray[np.int
     return np.where(inside, place, -1).astype(np.int32)
 
 
-def _passage(
-    text: str, encoding: Encoding, embedding: npt.NDArray[np.float32], logits: npt.NDArray[np.float32] | None
-) -> EncodedPassage:
-    if logits is None:
-        return EncodedPassage(embedding.copy(), (), np.zeros(0, dtype=np.float32))
-    words = [word for word in split_words(text) if word.end - word.start <= LONGEST_WORD]
-    scores = word_scores(logits[: len(encoding.ids)], piece_words(encoding, words), len(words))
-    return EncodedPassage(embedding.copy(), tuple(word.text for word in words), scores)
+def piece_features(text: str, encoding: Encoding, words: Sequence[Word]) -> npt.NDArray[np.uint8]:
+    """:func:`word_features` of each piece's word, uint8 [pieces, len(SIZES)]; 0 where a piece starts in no word."""
+    return word_features(text, words)[piece_words(encoding, words)]
+
+
+def _offered(text: str) -> list[Word]:
+    """Words that may become word codes."""
+    return [word for word in split_words(text) if word.end - word.start <= LONGEST_WORD]
 
 
 def _pool(states: Tensor, mask: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Word salience: which words of a passage questions will be asked about.
 
-A small pre-norm transformer over the frozen encoder's hidden states gives two logits a word piece: the piece is
+A small pre-norm transformer over the frozen encoder's hidden states, and over what the encoder cannot see of the words
+(:mod:`mbc_core.encoder.word_features`), gives two logits a word piece: the piece is
 part of an answer; it belongs to a content word that a question repeats. A word's logits are the mean of its pieces',
 and its score is p(answer) + ½ · p(question).
 """
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mbc_core.codebook.files import damaged, read_tensors, write_tensors
+from mbc_core.encoder.word_features import SIZES
 from mbc_core.errors import ModelError
 
 FORMAT = "mbc-salience/1"
@@ -33,6 +35,7 @@ class SalienceShape:
         layers: which hidden states of the encoder it reads (0 = embeddings, n = last block's output).
         input_width: the encoder's width.
         width, heads, feed_forward, depth: of the head's own blocks.
+        features: categories of each word feature, as ``word_features.SIZES``; empty to read states alone.
     """
 
     layers: tuple[int, ...] = (2, 4, 6)
@@ -41,6 +44,7 @@ class SalienceShape:
     heads: int = 6
     feed_forward: int = 1024
     depth: int = 2
+    features: tuple[int, ...] = SIZES
 
 
 class SalienceHead(nn.Module):
@@ -56,22 +60,26 @@ class SalienceHead(nn.Module):
         self.shape = shape
         self.norms = nn.ModuleList(nn.LayerNorm(shape.input_width) for _ in shape.layers)
         self.mix = nn.Linear(shape.input_width * len(shape.layers), shape.width)
+        self.features = nn.ModuleList(nn.Embedding(size, shape.width) for size in shape.features)
         self.blocks = nn.ModuleList(_Block(shape, dropout) for _ in range(shape.depth))
         self.last_norm = nn.LayerNorm(shape.width)
         self.out = nn.Linear(shape.width, 2)
 
-    def forward(self, states: Sequence[Tensor], mask: Tensor) -> Tensor:
+    def forward(self, states: Sequence[Tensor], mask: Tensor, features: Tensor) -> Tensor:
         """Logits of every piece.
 
         Args:
             states: one [B, L, input_width] per entry of ``shape.layers``.
             mask: [B, L], nonzero where a token stands; at least one a row.
+            features: integer [B, L, len(shape.features)], those of each piece's word.
 
         Returns:
             float32 [B, L, 2]; column 0 answer, column 1 question.
         """
         normed = [norm(state) for norm, state in zip(self.norms, states, strict=True)]
         hidden = self.mix(torch.cat(normed, dim=-1))
+        for number, table in enumerate(self.features):
+            hidden = hidden + table(features[..., number].long())
         keys = mask.bool()[:, None, None, :]
         for block in self.blocks:
             hidden = block(hidden, keys)
@@ -113,7 +121,9 @@ class SalienceHead(nn.Module):
             )
         try:
             fields = metadata["shape"]
-            head = cls(SalienceShape(**{**fields, "layers": tuple(fields["layers"])}))
+            # A head written before there were word features names none, and reads none.
+            given = {**fields, "layers": tuple(fields["layers"]), "features": tuple(fields.get("features", ()))}
+            head = cls(SalienceShape(**given))
             head.load_state_dict({name: torch.from_numpy(tensor).float() for name, tensor in tensors.items()})
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise damaged(str(path), error) from error

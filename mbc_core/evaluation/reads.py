@@ -173,8 +173,8 @@ def _memory(
     else:
         lines, size = {}, 0.0
         for row in np.unique(rows).tolist():
-            codes = choose_words(questions.words[row], questions.scores[row], read.words, lexicon)
-            lines[row], size = lexicon.decode(codes.tolist()), size + 2 * len(codes)
+            codes = choose_words(questions.words[row], questions.scores[row], read.words, lexicon).tolist()
+            lines[row], size = lexicon.decode(codes), size + len(lexicon.pack(codes))
         size = address_bytes + size / max(1, len(lines))
     return [[lines[row] for row in chosen] for chosen in rows.tolist()], size
 

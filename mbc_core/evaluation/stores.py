@@ -37,12 +37,15 @@ def text_codes(text: str, lexicon: Lexicon) -> list[int]:
 
 
 def first_codes(text: str, most: int, lexicon: Lexicon) -> list[int]:
-    """Codes of the first words of ``text``, at most ``most``; words are whole, and the first too long ends them."""
+    """Codes of the first words of ``text`` that pack into ``most`` bytes; the first word too long ends them."""
     taken: list[int] = []
-    for codes in lexicon.encode_words([word.text for word in split_words(text)]):
-        if len(taken) + len(codes) > most:
+    words = [word.text for word in split_words(text)]
+    room = 8 * most
+    for codes, bits in zip(lexicon.encode_words(words), lexicon.costs(words), strict=True):
+        if bits > room:
             break
         taken += codes
+        room -= bits
     return taken
 
 
@@ -55,15 +58,16 @@ def truncated_store(texts: Sequence[str | None], sizes: Sequence[int]) -> Store:
 def first_words_store(texts: Sequence[str | None], sizes: Sequence[int], lexicon: Lexicon) -> Store:
     """Each text's first words as codes of at most ``sizes`` bytes: what salience has to beat."""
     coded = [
-        None if text is None else first_codes(text, size // BYTES_PER_CODE, lexicon)
-        for text, size in zip(texts, sizes, strict=True)
+        None if text is None else first_codes(text, size, lexicon) for text, size in zip(texts, sizes, strict=True)
     ]
-    return _coded_store(coded, lexicon)
+    sizes = [0 if codes is None else len(lexicon.pack(codes)) for codes in coded]
+    return _coded_store(coded, sizes, lexicon)
 
 
 def text_codes_store(texts: Sequence[str | None], lexicon: Lexicon) -> Store:
-    """All words of each text as codes."""
-    return _coded_store([None if text is None else text_codes(text, lexicon) for text in texts], lexicon)
+    """All words of each text as plain 16-bit codes."""
+    coded = [None if text is None else text_codes(text, lexicon) for text in texts]
+    return _coded_store(coded, [BYTES_PER_CODE * len(codes or ()) for codes in coded], lexicon)
 
 
 def text_store(texts: Sequence[str | None], bytes_per_passage: float) -> Store:
@@ -72,9 +76,8 @@ def text_store(texts: Sequence[str | None], bytes_per_passage: float) -> Store:
     return Store(lambda row: lines[row] or "", bytes_per_passage)
 
 
-def _coded_store(coded: Sequence[list[int] | None], lexicon: Lexicon) -> Store:
-    lines = [None if codes is None else lexicon.decode(codes) for codes in coded]
-    return _store(lines, [BYTES_PER_CODE * len(codes or ()) for codes in coded])
+def _coded_store(coded: Sequence[list[int] | None], sizes: Sequence[int], lexicon: Lexicon) -> Store:
+    return _store([None if codes is None else lexicon.decode(codes) for codes in coded], sizes)
 
 
 def _store(lines: Sequence[str | None], sizes: Sequence[int]) -> Store:

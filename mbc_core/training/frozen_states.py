@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mbc_core.encoder import PassageEncoder
-from mbc_core.encoder.passage_encoder import piece_words
+from mbc_core.encoder.passage_encoder import piece_features, piece_words
 from mbc_core.training.data import TrainingPassage
 from mbc_core.training.word_targets import WordTargets, word_targets
 from mbc_core.words import Word, split_words
@@ -29,6 +29,7 @@ class SalienceBatch:
     Attributes:
         states: of each layer, bfloat16 [B, L, width].
         mask: bool [B, L].
+        features: uint8 [B, L, features], see :mod:`mbc_core.encoder.word_features`.
         word_of_piece: int64 [B, L], word's row in ``targets``; its last row, a dummy, for pieces of no word.
         targets: float32 [B · W + 1, 2].
         is_word: bool [B · W + 1].
@@ -36,6 +37,7 @@ class SalienceBatch:
 
     states: tuple[Tensor, ...]
     mask: Tensor
+    features: Tensor
     word_of_piece: Tensor
     targets: Tensor
     is_word: Tensor
@@ -60,6 +62,7 @@ class FrozenStates:
     ) -> None:
         token_ids: list[list[int]] = []
         word_of_piece: list[npt.NDArray[np.int32]] = []
+        features: list[npt.NDArray[np.uint8]] = []
         targets: list[WordTargets] = []
         self.words: list[list[Word]] = []
         for start in range(0, len(passages), _TEXTS_AT_ONCE):
@@ -70,6 +73,7 @@ class FrozenStates:
                 self.words.append(words)
                 token_ids.append(encoding.ids)
                 word_of_piece.append(piece_words(encoding, words))
+                features.append(piece_features(passage.text, encoding, words))
                 targets.append(word_targets(passage, words))
         self.answers = [target.answers for target in targets]
         self.lengths = np.array([len(ids) for ids in token_ids], dtype=np.int64)
@@ -79,6 +83,7 @@ class FrozenStates:
         self._word_starts = torch.from_numpy(_starts(self.word_counts)).to(device)
         self._word_counts = torch.from_numpy(self.word_counts).to(device)
         self._word_of_piece = torch.from_numpy(np.concatenate(word_of_piece)).to(device)
+        self._features = torch.from_numpy(np.concatenate(features)).to(device)
         self._targets = torch.from_numpy(np.concatenate([target.targets for target in targets])).to(device)
         self._states = self._run(encoder, token_ids, layers, device, progress)
         self._layers = len(layers)
@@ -104,7 +109,8 @@ class FrozenStates:
         target_row = (self._word_starts[chosen, None] + column).clamp_(max=self._targets.shape[0] - 1)
         targets = torch.cat([self._targets[target_row.flatten()], self._targets.new_zeros(1, 2)])
         is_word = torch.cat([is_word.flatten(), is_word.new_zeros(1)])
-        return SalienceBatch(self._states[token].chunk(self._layers, dim=-1), mask, word, targets, is_word)
+        states = self._states[token].chunk(self._layers, dim=-1)
+        return SalienceBatch(states, mask, self._features[token], word, targets, is_word)
 
     def _run(
         self,

@@ -216,7 +216,7 @@ class _Run:
         kind = torch.device(self.device).type
         with torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda"):
             states = batch.states if kind == "cuda" else [state.float() for state in batch.states]
-            pieces = self.head(states, batch.mask)
+            pieces = self.head(states, batch.mask, batch.features)
         return word_logits(pieces, batch)
 
     def _evaluate(self, loss: float) -> None:

@@ -19,6 +19,7 @@ from mbc_core.lexicon import Lexicon
 from mbc_core.reader.prompt import PromptFormat
 from mbc_core.training.batches import Composed, Int64, Ragged, spread
 from mbc_core.training.prepared import Prepared
+from mbc_core.words import budget_bits, word_worth
 
 Int32 = NDArray[np.int32]
 _NEVER = np.iinfo(np.uint16).max
@@ -32,7 +33,8 @@ class Mixture:
     Attributes:
         cloze: questions made from passages instead of asked ones.
         no_memory, full_text: samples without memory lines, and with truncated text instead of words.
-        budgets: lowest and highest word budget in codes; half of the draws take one of ``profiles``.
+        budgets: lowest and highest word budget, in plain codes of 16 bits as profiles are; half of the draws take
+            one of ``profiles``.
         passages, weights: how many memory lines (k), and how often.
         ordered: lines stand as recall would rank them; else the true one stands anywhere.
         hardest: distractors are the nearest by code; else a random draw from the nearest 24.
@@ -58,8 +60,8 @@ class SampleSource:
     """Everything tokenised; draws pools of samples.
 
     Attributes:
-        words: tokens of each passage's best 64 codes of words, in text order.
-        enters: uint16 per token of ``words``: the smallest budget at which its word is kept.
+        words: tokens of each passage's best words, as many as the highest budget holds, in text order.
+        enters: uint16 per token of ``words``: the bits of budget from which its word is kept.
         texts: tokens of each passage's text, cut at ``mixture.text_tokens``.
         questions, answers: tokens of each question; cloze questions come after the asked ones.
         rows: int64 [q], true passage of each question.
@@ -177,7 +179,7 @@ class SampleSource:
         places = (self.words.starts[row][line] + within)[~text]
         tokens[~text] = self.words.values[places]
         keep = np.ones(len(line), dtype=bool)
-        keep[~text] = self.enters[places] <= budget[line[~text]]
+        keep[~text] = self.enters[places] <= budget_bits(1) * budget[line[~text]]
         return tokens[keep], np.bincount(line[keep], minlength=len(row)).astype(np.int64)
 
 
@@ -256,8 +258,9 @@ def _tokenise_words(
 ) -> tuple[Ragged, NDArray[np.uint16]]:
     """Tokens of each passage's words, with the budget at which each word enters.
 
-    A budget keeps the best-scoring distinct words whose codes fit; unlike :func:`mbc_core.words.choose_words` a
-    word too long for the room left ends the choice, which matters for the last code or two only.
+    A budget keeps the distinct words worth most whose codes fit, then repetitions; unlike
+    :func:`mbc_core.words.choose_words` a word too long for the room left ends the choice, which matters for the last
+    code or two only.
     """
     column = data.table["words"].combine_chunks()
     lengths = column.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
@@ -268,9 +271,10 @@ def _tokenise_words(
     score = data.table["scores"].combine_chunks().flatten().to_numpy(zero_copy_only=False).astype(np.float32)
     folded_ids: dict[str, int] = {}
     folded = np.array([folded_ids.setdefault(one.casefold(), len(folded_ids)) for one in unique], dtype=np.int64)
-    codes = np.array([len(ids) for ids in lexicon.encode_words(unique)], dtype=np.int64)
+    bits = np.array(lexicon.costs(unique), dtype=np.int64)
     passage = np.repeat(np.arange(len(lengths)), lengths)
-    enters = _entry_budgets(passage, score, folded[word], codes[word], most)
+    worth = word_worth(score, bits[word])
+    enters = _entry_budgets(passage, worth, folded[word], bits[word], budget_bits(most))
     tokens = Ragged.of(form.encode_many([f" {one}" for one in unique]))
     kept = enters != _NEVER
     word, passage, enters = word[kept], passage[kept], enters[kept]
@@ -281,23 +285,23 @@ def _tokenise_words(
 
 
 def _entry_budgets(
-    passage: Int64, score: NDArray[np.float32], folded: Int64, codes: Int64, most: int
+    passage: Int64, worth: NDArray[np.float32], folded: Int64, bits: Int64, most: int
 ) -> NDArray[np.uint16]:
-    """For each word the smallest budget that keeps it; 65,535 for repetitions and words beyond ``most`` codes."""
+    """For each word the bits of budget from which it is kept; 65,535 for words beyond ``most``."""
     if not len(passage):
         return np.zeros(0, dtype=np.uint16)
-    order = np.lexsort((-score, passage))
+    order = np.lexsort((-worth, passage))
     identity = passage[order] * (int(folded.max()) + 1) + folded[order]
     _, first = np.unique(identity, return_index=True)
-    distinct = np.zeros(len(order), dtype=bool)
-    distinct[first] = True
-    distinct &= codes[order] > 0
-    spent = np.cumsum(np.where(distinct, codes[order], 0))
+    repeated = np.ones(len(order), dtype=bool)
+    repeated[first] = False
+    order = order[np.lexsort((repeated, passage[order]))]  # stable: repetitions last, each part by worth
+    spent = np.cumsum(bits[order])
     ends = np.flatnonzero(np.diff(passage[order], append=-1))
     base = np.concatenate([[0], spent[ends[:-1]]])
     spent -= np.repeat(base, np.diff(ends, prepend=-1))
     enters = np.full(len(order), _NEVER, dtype=np.uint16)
-    enters[order] = np.where(distinct & (spent <= most), spent, _NEVER)
+    enters[order] = np.where((bits[order] > 0) & (spent <= most), spent, _NEVER)
     return enters
 
 

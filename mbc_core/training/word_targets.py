@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from mbc_core.lexicon import Lexicon
 from mbc_core.training.data import TrainingPassage
-from mbc_core.words import Word, choose_places, split_words
+from mbc_core.words import Word, budget_bits, choose_places, split_words, word_worth
 
 FUNCTION_WORDS = frozenset(
     """a about above after again against all also am an and another any are aren't as at be because been before being
@@ -74,7 +74,7 @@ def share_kept_whole(
     lexicon: Lexicon,
     budgets: Sequence[int],
 ) -> dict[int, float]:
-    """Of the answers that stand in their passage, the share whose words are all chosen, by budget of codes.
+    """Of the answers that stand in their passage, the share whose words are all chosen, by budget of word codes.
 
     Args:
         texts: words of each passage.
@@ -86,10 +86,11 @@ def share_kept_whole(
     for words, score, passage in zip(texts, scores, answers, strict=True):
         if not passage:
             continue
-        costs = [len(code) for code in lexicon.encode_words(words)]
+        costs = np.array(lexicon.costs(words), dtype=np.int64)
+        worth = word_worth(score, costs)
         folded = [word.casefold() for word in words]
         for budget in budgets:
-            chosen = {folded[place] for place in choose_places(words, score, costs, budget)}
+            chosen = {folded[place] for place in choose_places(words, worth, costs.tolist(), budget_bits(budget))}
             whole[budget] += sum(
                 any(all(folded[place] in chosen for place in occurrence) for occurrence in occurrences)
                 for occurrences in passage

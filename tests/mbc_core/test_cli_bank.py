@@ -27,8 +27,8 @@ class Numbers:
 
     digest = "bb" * 32
 
-    def decode(self, ids):
-        return " ".join(map(str, ids))
+    def read(self, stored):
+        return " ".join(str(stored[at] + 256 * stored[at + 1]) for at in range(0, len(stored), 2))
 
 
 @pytest.fixture

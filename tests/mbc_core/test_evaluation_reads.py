@@ -80,8 +80,9 @@ def test_recall_shows_the_words_of_the_passages_found_best_first(questions, sear
         assert prompt == "\n".join([*lines, f"Question: {DOCS[number].question}", "Answer:"])
     assert (row["read"], row["profile"], row["k"], row["questions"]) == ("recall", "40 words", 3, 12)
     shown = np.unique(found)
-    codes = [len(choose_words(questions.words[one], questions.scores[one], 40, lexicon())) for one in shown]
-    assert row["bytes_per_passage"] == pytest.approx(27 + 2 * np.mean(codes))
+    chosen = [choose_words(questions.words[one], questions.scores[one], 40, lexicon()) for one in shown]
+    packed = [len(lexicon().pack(codes.tolist())) for codes in chosen]
+    assert row["bytes_per_passage"] == pytest.approx(27 + np.mean(packed))
     assert row["prompt_tokens"] == pytest.approx(np.mean([len(one.encode()) for one in seen]))
 
 

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from mbc_core import weights
 from mbc_core.errors import DamagedFile, ModelError
-from mbc_core.lexicon import FORMAT, VOCABULARY, Lexicon
+from mbc_core.lexicon import FORMATS, VOCABULARY, Lexicon
+from mbc_core.prefix_code import PrefixCode
 
 SHIPPED = Lexicon.load(weights.path("lexicon.json.gz"))
 WORDS = st.lists(st.text(st.characters(exclude_categories=["Z", "C"]), min_size=1, max_size=12), max_size=12)
@@ -95,8 +96,8 @@ def test_a_missing_file_is_named(tmp_path):
         (b"\xff", "decode"),
         (b"[]", "list indices"),
         (json.dumps({"format": "other-2", "merges": []}).encode(), "format 'other-2', this release reads"),
-        (json.dumps({"format": FORMAT, "merges": ["a b", "x yz"]}).encode(), "merge 'x' [+] 'yz' does not follow"),
-        (json.dumps({"format": FORMAT, "merges": ["ab"]}).encode(), "unpack"),
+        (json.dumps({"format": FORMATS[0], "merges": ["a b", "x yz"]}).encode(), "merge 'x' [+] 'yz' does not follow"),
+        (json.dumps({"format": FORMATS[0], "merges": ["ab"]}).encode(), "unpack"),
     ],
 )
 def test_a_damaged_file_is_named(tmp_path, content, cause):
@@ -125,11 +126,32 @@ def test_more_entries_than_codes_are_refused(tmp_path):
     merges = [f"{left} {right}" for left in "abcdefghijklmnopqrstuvwxyz" for right in "abcdefghijklmnopqrstuvwxyz"]
     pairs = ["".join(merge.split()) for merge in merges]
     more = [f"{left} {right}" for left in pairs for right in pairs[:100]]
-    (tmp_path / "big.json").write_text(json.dumps({"format": FORMAT, "merges": merges + more}))
+    (tmp_path / "big.json").write_text(json.dumps({"format": FORMATS[0], "merges": merges + more}))
     with pytest.raises(DamagedFile, match="word codes stop at 61439"):
         Lexicon.load(tmp_path / "big.json")
 
 
 def test_gzip_holds_plain_json():
     fields = json.loads(gzip.decompress(weights.path("lexicon.json.gz").read_bytes()))
-    assert fields["format"] == FORMAT
+    assert fields["format"] == FORMATS[0]
+
+
+def test_bits_of_a_lexicon_are_part_of_it(tmp_path):
+    merges = [("Ġ", "a"), ("Ġa", "b")]
+    bits = PrefixCode.from_counts([1.0] * 256 + [200.0, 500.0]).lengths.tolist()
+    lexicon, plain = Lexicon(merges, bits), Lexicon(merges)
+    assert lexicon.digest != plain.digest
+    assert plain.costs(["ab", "abc", ""]) == [16, 32, 0], "without bits every id takes 16"
+    assert lexicon.costs(["ab", "a"]) == [bits[257], bits[256]] and bits[257] < bits[256] < 8
+    lexicon.save(tmp_path / "lexicon.json.gz")
+    again = Lexicon.load(tmp_path / "lexicon.json.gz")
+    assert again.digest == lexicon.digest
+    stored = lexicon.pack([257, 256, 257])
+    assert len(stored) == -(-(2 * bits[257] + bits[256]) // 8)
+    assert again.read(stored) == "ab a ab" and again.unpack(stored) == [257, 256, 257]
+
+
+def test_bits_for_another_number_of_entries_are_refused(tmp_path):
+    (tmp_path / "bad.json").write_text(json.dumps({"format": FORMATS[1], "merges": ["Ġ a"], "bits": [8] * 256}))
+    with pytest.raises(DamagedFile, match="256 code lengths for 257 entries"):
+        Lexicon.load(tmp_path / "bad.json")

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,12 +9,41 @@ from tiny_encoder import SHAPE, WIDTH, write_tiny_head
 
 from mbc_core.codebook.files import read_tensors, write_tensors
 from mbc_core.encoder.salience_head import FORMAT, SalienceHead, word_scores
+from mbc_core.encoder.word_features import SIZES
 from mbc_core.errors import DamagedFile, ModelError
 
 
 def states(rows: int, length: int, seed: int = 0) -> tuple[torch.Tensor, ...]:
     generator = torch.Generator().manual_seed(seed)
     return tuple(torch.randn(rows, length, WIDTH, generator=generator) for _ in SHAPE.layers)
+
+
+def features(rows: int, length: int) -> torch.Tensor:
+    """One category of each feature a piece, going round."""
+    steps = torch.arange(rows * length).view(rows, length, 1)
+    return (steps % torch.tensor(SIZES)).to(torch.uint8)
+
+
+def test_every_feature_is_read():
+    head = SalienceHead(SHAPE).eval()
+    found, mask, marks = states(1, 6), torch.ones(1, 6), features(1, 6)
+    reference = head(found, mask, marks)
+    for number in range(len(SIZES)):
+        changed = marks.clone()
+        changed[0, 0, number] = (changed[0, 0, number] + 1) % SIZES[number]
+        assert not torch.allclose(head(found, mask, changed)[0, 0], reference[0, 0])
+
+
+def test_a_head_of_before_the_features_reads_states_alone(tmp_path):
+    torch.manual_seed(3)
+    head = SalienceHead(replace(SHAPE, features=())).eval()
+    head.save(tmp_path / "new.safetensors", "abc")
+    tensors, metadata = read_tensors((tmp_path / "new.safetensors").read_bytes(), "new", FORMAT)
+    old = {**metadata, "shape": {name: size for name, size in metadata["shape"].items() if name != "features"}}
+    (tmp_path / "old.safetensors").write_bytes(write_tensors(tensors, old))
+    again = SalienceHead.load(tmp_path / "old.safetensors", "abc")
+    found, mask = states(1, 6), torch.ones(1, 6)
+    torch.testing.assert_close(again(found, mask, features(1, 6)), head(found, mask, features(1, 6)), atol=5e-3, rtol=0)
 
 
 def test_padding_is_not_read():
@@ -23,7 +54,7 @@ def test_padding_is_not_read():
     changed = tuple(state.clone() for state in found)
     for state in changed:
         state[0, 5:] = 100.0
-    before, after = head(found, mask), head(changed, mask)
+    before, after = head(found, mask, features(2, 9)), head(changed, mask, features(2, 9))
     torch.testing.assert_close(before[0, :5], after[0, :5])
     torch.testing.assert_close(before[1], after[1])
     assert before.shape == (2, 9, 2)
@@ -33,11 +64,11 @@ def test_padding_is_not_read():
 def test_every_layer_and_every_other_piece_is_read():
     head = SalienceHead(SHAPE).eval()
     found, mask = states(1, 6), torch.ones(1, 6)
-    reference = head(found, mask)
+    reference = head(found, mask, features(1, 6))
     for layer in range(len(SHAPE.layers)):
         changed = tuple(state.clone() for state in found)
         changed[layer][0, 5] += torch.randn(WIDTH)
-        assert not torch.allclose(head(changed, mask)[0, 0], reference[0, 0])
+        assert not torch.allclose(head(changed, mask, features(1, 6))[0, 0], reference[0, 0])
 
 
 def test_a_saved_head_gives_the_same_logits_in_half_precision(tmp_path):
@@ -46,7 +77,8 @@ def test_a_saved_head_gives_the_same_logits_in_half_precision(tmp_path):
     digest = head.save(tmp_path / "head.safetensors", "abc")
     again = SalienceHead.load(tmp_path / "head.safetensors", "abc")
     found, mask = states(2, 7), torch.ones(2, 7)
-    torch.testing.assert_close(again(found, mask), head(found, mask), atol=5e-3, rtol=0)
+    marks = features(2, 7)
+    torch.testing.assert_close(again(found, mask, marks), head(found, mask, marks), atol=5e-3, rtol=0)
     assert again.save(tmp_path / "again.safetensors", "abc") == digest
     assert not again.training
 

@@ -14,7 +14,7 @@ from mbc_core.reader.prompt import PromptFormat
 from mbc_core.training.batches import Ragged, spread
 from mbc_core.training.prepared import load_prepared
 from mbc_core.training.samples import Mixture, SampleSource, build_source, distractors
-from mbc_core.words import choose_words
+from mbc_core.words import choose_words, word_worth
 from tests.mbc_core.prepared_data import write_prepared
 from tests.mbc_core.tiny_reader import END, SLOTS, BagOfWords, documents, lexicon, pieces, tokenizer
 
@@ -47,15 +47,16 @@ def shown(composed) -> list[tuple[str, str]]:
 
 
 def plain_words(data, row: int, budget: int) -> str:
-    """Best distinct words until one does not fit, in text order: a loop over one passage."""
+    """Best distinct words, then repetitions, until one does not fit, in text order: a loop over one passage."""
     words, scores = data.words_of(row)
-    taken, seen, spent = [], set(), 0
-    for place in np.argsort(-scores, kind="stable").tolist():
-        if words[place].casefold() in seen:
-            continue
-        seen.add(words[place].casefold())
-        spent += len(lexicon().encode_words([words[place]])[0])
-        if spent > budget:
+    costs = np.array(lexicon().costs(words))
+    taken, first, again, spent = [], {}, [], 0
+    for place in np.argsort(-word_worth(scores, costs), kind="stable").tolist():
+        if first.setdefault(words[place].casefold(), place) != place:
+            again.append(place)
+    for place in [*first.values(), *again]:
+        spent += costs[place]
+        if spent > 16 * budget:
             break
         taken.append(place)
     return " ".join(words[place] for place in sorted(taken))
@@ -121,7 +122,9 @@ def test_shares_of_memory_text_and_cloze(data):
 
 
 def test_numbers_of_passages_are_drawn_as_weighted(data):
-    mixture = Mixture(cloze=0.0, no_memory=0.0, full_text=0.0, passages=(1, 3, 8), weights=(0.5, 0.3, 0.2))
+    mixture = Mixture(
+        cloze=0.0, no_memory=0.0, full_text=0.0, passages=(1, 3, 8), weights=(0.5, 0.3, 0.2), max_tokens=4096
+    )
     counts = [prompt.count("\n") - 1 for prompt, _ in shown(source(data, mixture).pool(3, 0, 3000))]
     values, times = np.unique(counts, return_counts=True)
     assert values.tolist() == [1, 3, 8]

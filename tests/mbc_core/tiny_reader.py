@@ -20,8 +20,9 @@ from mbc_core.codes import Rotation, pack, quantize, to_slots
 from mbc_core.encoder import EncodedPassage
 from mbc_core.lexicon import Lexicon
 from mbc_core.passages import split_passages
+from mbc_core.prefix_code import PrefixCode
 from mbc_core.reader.language_model import LanguageModel
-from mbc_core.words import choose_words, split_words, words_to_bytes
+from mbc_core.words import choose_words, split_words
 from schemas.document import document_key, parse_timestamp
 from schemas.manifest import Manifest
 from schemas.tables import CODES, DEAD_LETTER, DOCUMENTS, LEDGER, REPLAY
@@ -138,7 +139,8 @@ def documents(count: int = 24) -> list[Doc]:
 
 
 def lexicon() -> Lexicon:
-    return Lexicon([("Ġ", "T"), ("ĠT", "h"), ("o", "u"), ("ou", "n"), ("oun", "d")])
+    merges = [("Ġ", "T"), ("ĠT", "h"), ("o", "u"), ("ou", "n"), ("oun", "d")]
+    return Lexicon(merges, PrefixCode.from_counts([1.0] * (256 + len(merges))).lengths.tolist())
 
 
 def pieces(seed: int = 0) -> tuple[Rotation, Codebook]:
@@ -191,7 +193,7 @@ def add_documents(bank: Bank, docs: Sequence[Doc], ingest_id: str, codebook: Cod
             codes.append(
                 shared
                 | {"passage": number, "window": window, "address": packed[number].tobytes()}
-                | {"words": words_to_bytes(words), "codebook_version": codebook.version}
+                | {"words": chosen.pack(words.tolist()), "codebook_version": codebook.version}
             )
         digest = hashlib.sha256(doc.text.encode()).digest()[:16]
         rows.append(

@@ -13,7 +13,7 @@ from mbc_core.codebook.statistics import BatchStatistics
 from mbc_core.codes import pack, quantize, to_slots
 from mbc_core.lexicon import Lexicon
 from mbc_core.passages import split_passages
-from mbc_core.words import choose_words, words_to_bytes
+from mbc_core.words import choose_words
 from schemas.manifest import Manifest
 from schemas.tables import UNDATED
 
@@ -52,7 +52,7 @@ def plain_loop(documents, words: int = 24) -> Expected:
                 z = to_slots(encoded.embedding[None], turn, SLOTS)
                 code = quantize(z, book.codewords)
                 key = one.key(salt)
-                chosen = words_to_bytes(choose_words(encoded.words, encoded.scores, words, lexicon))
+                chosen = lexicon.pack(choose_words(encoded.words, encoded.scores, words, lexicon).tolist())
                 codes[key, number] = (window, one.event_time, pack(code).tobytes(), chosen, book.version)
                 total += BatchStatistics.of(book, z, code, np.array([key]), np.array([number], np.int32))
         chain.add(window, total)
