@@ -31,6 +31,7 @@ DEAD_LETTER_REASONS = (
     "encode_failed",
     "source_vanished",
     "source_unreadable",
+    "too_late",
     FORGOTTEN,
 )
 

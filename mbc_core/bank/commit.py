@@ -16,7 +16,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import pyarrow as pa
 from deltalake import CommitProperties, DeltaTable, Transaction
@@ -30,7 +30,7 @@ from schemas.tables import TABLES
 
 if TYPE_CHECKING:
     from mbc_core.bank.bank import Bank
-    from mbc_core.bank.recheck import JudgedAt, Recheck
+    from mbc_core.bank.recheck import JudgedAt
 
 PREPARATORY = ("replay", "documents", "dead_letter")
 """Tables committed before ``codes``, in this order."""
@@ -224,6 +224,12 @@ def is_committed(bank: Bank, table: str, app_id: str, version: int = 0) -> bool:
     return _is_committed(bank.table(table), app_id, version)
 
 
+def last_version(bank: Bank, table: str, app_id: str) -> int:
+    """The newest version that was committed to ``table`` under ``app_id``; -1 when none was."""
+    done = bank.table(table).transaction_version(app_id)
+    return -1 if done is None else int(done)
+
+
 def commit_slice(
     bank: Bank,
     rows: SliceRows,
@@ -250,6 +256,7 @@ def commit_slice(
         StorageError: the store refused, or other runs added the same documents every time.
     """
     from mbc_core.bank.recheck import Recheck, judged_again
+    from mbc_core.bank.refuse import ForgottenWatch, drop_prepared, without_forgotten
 
     _check_ledger(rows.ledger, ingest_id, slice_name, pane)
     begun = slice_id or _continued(bank, rows, ingest_id, slice_name, pane)
@@ -257,12 +264,22 @@ def commit_slice(
     if is_committed(bank, "codes", begun.app_id("codes"), pane):
         settle(bank, ingest_id)
         return False
+    given, refused = rows, False
     for _ in range(_ATTEMPTS):
-        watch = None if judged is None else Recheck(bank, begun, rows, judged)
+        if (kept := without_forgotten(bank, rows)) is not rows:
+            rows, begun, refused = kept, begin_slice(bank, ingest_id, slice_name, pane), True
+        watches: list[Watch] = [ForgottenWatch(bank, rows)]
+        if judged is not None:
+            watches.append(Recheck(bank, begun, rows, judged))
         try:
-            return _commit_once(bank, rows, begun, watch)
+            won = _commit_once(bank, rows, begun, watches)
         except Overtaken:
-            rows, begun, judged = judged_again(bank, rows, begun)
+            if judged is not None:
+                rows, begun, judged = judged_again(bank, rows, begun)
+            continue
+        if refused:
+            drop_prepared(bank, given, rows)
+        return won
     raise StorageError(
         f"other runs added the documents of slice {slice_name} every time before it could be committed",
         value=f"{_ATTEMPTS} attempts",
@@ -271,14 +288,27 @@ def commit_slice(
     )
 
 
-def _commit_once(bank: Bank, rows: SliceRows, begun: SliceId, watch: Recheck | None) -> bool:
+class Watch(Protocol):
+    """Looks at a table just before a commit to it."""
+
+    def overtaken(self, table: DeltaTable) -> bool:
+        """Whether what was to be committed must be judged again first."""
+        ...
+
+
+def _commit_once(bank: Bank, rows: SliceRows, begun: SliceId, watches: Sequence[Watch]) -> bool:
+    """One attempt. ``watches`` look before each commit to a table that can hold documents; the first one looks at
+    what was forgotten, the others at what codes show."""
     for table, given in (("replay", rows.replay), ("documents", rows.documents), ("dead_letter", rows.dead_letters)):
         if files := _prepare(bank, table, given, begun):
-            commit_files(bank, table, files, begun.app_id(table), begun.pane)
+            commit_files(bank, table, files, begun.app_id(table), begun.pane, None, watches[0].overtaken)
     codes = _prepare(bank, "codes", rows.codes, begun)
     ledger = write_slice_rows(bank, "ledger", rows.ledger, begun)
     named = {_LEDGER_FILE: ledger.path}
-    overtaken = None if watch is None else watch.overtaken
+
+    def overtaken(table: DeltaTable) -> bool:
+        return any(one.overtaken(table) for one in watches)
+
     won = commit_files(bank, "codes", codes, begun.app_id("codes"), begun.pane, named, overtaken)
     if won:
         commit_files(bank, "ledger", [ledger], begun.app_id("ledger"), begun.pane)

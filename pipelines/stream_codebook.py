@@ -1,0 +1,110 @@
+"""The codebook of a stream: which version a window uses, what is learned from it, and when a version is published.
+
+The same chain decides as in batch (``mbc_core.codebook.chain``). Here it lives as long as the stream, is asked for
+one window after the other, and follows what other runs publish in the meantime.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from mbc_core.bank import Bank, SliceId, drop_folded_statistics
+from mbc_core.bank.codebooks import version_rows
+from mbc_core.codebook.chain import CodebookChain
+from mbc_core.codebook.files import Codebook
+from mbc_core.codebook.statistics import BatchStatistics
+from mbc_core.codebook.update import UpdateRule
+from mbc_core.errors import StorageError
+from pipelines.codebook_store import BankCodebooks
+
+_TABLE = "codebook_versions"
+_ATTEMPTS = 3
+
+
+class LiveCodebooks:
+    """The chain of a bank, as one ingest that streams into it sees it. One thread at a time.
+
+    Args:
+        bank: opened. ingest_id: versions that an interrupted run under this name published for windows it never
+            finished are decided again. rule: when to publish; the default when None.
+    """
+
+    def __init__(self, bank: Bank, ingest_id: str, rule: UpdateRule | None = None) -> None:
+        self._bank, self._ingest_id, self._rule = bank, ingest_id, rule
+        store = self._store("all", 0)
+        self._table_version = self._find_table_version()
+        self._chain: CodebookChain = store.chain()
+        self._chosen = dict(store.recorded())
+        self._folded: str | None = None
+
+    def version_for(self, window: str) -> Codebook:
+        """The version that codes of ``window`` are made with: the one its first commit recorded, if there was one."""
+        if self._find_table_version() != self._table_version:
+            self._follow()
+        known = self._chosen.get(window)
+        if known is None:
+            return self._chain.version_for(window)
+        return self._bank.codebook(known)
+
+    def learn(self, slice_id: SliceId, window: str, statistics: BatchStatistics) -> str | None:
+        """Take in what a window showed, before it is committed; publish a version when enough has gathered.
+
+        Args:
+            slice_id: the commit that is being made. window: its window.
+            statistics: of new documents only, under the version of :meth:`version_for`.
+
+        Returns:
+            The file that the commit's ledger row must name, while no version has taken the statistics in.
+
+        Raises:
+            StorageError: the store refused, or other runs published first every time.
+        """
+        store = self._store(slice_id.name, slice_id.pane)
+        for attempt in range(_ATTEMPTS):
+            update = self._chain.add(window, statistics)
+            if update is None:
+                return self._keep(store, window, statistics)
+            try:
+                store.publish(update)
+            except StorageError:
+                registered = version_rows(self._bank).get(update.codebook.version)
+                if registered is None or attempt == _ATTEMPTS - 1:
+                    raise
+                self._follow()  # another run was faster: go on from its version, with the same statistics
+            else:
+                self._table_version = self._find_table_version()
+                return None
+        raise AssertionError("the loop ends by a return or a raise")
+
+    def committed(self, window: str, version: int | None) -> None:
+        """Remember the choice of a committed window, and drop statistics files that a version has taken in."""
+        if version is not None:
+            self._chosen.setdefault(window, version)
+        last = self._chain.head.last_window
+        if last != self._folded:
+            drop_folded_statistics(self._bank, last)
+            self._folded = last
+
+    def doubt(self) -> None:
+        """A commit failed after its window was learned from: take the chain from the bank before the next window."""
+        self._table_version = -1
+
+    @property
+    def versions(self) -> Iterable[Codebook]:
+        """All versions, oldest first."""
+        return self._chain.versions
+
+    def _keep(self, store: BankCodebooks, window: str, statistics: BatchStatistics) -> str | None:
+        waits = window in self._chain.pending_windows
+        return store.keep(window, statistics) if waits else None
+
+    def _follow(self) -> None:
+        """Take the chain as the bank has it now; what this ingest has committed is in it."""
+        self._table_version = self._find_table_version()
+        self._chain = self._bank.codebooks(self._rule, resuming=self._ingest_id)
+
+    def _find_table_version(self) -> int:
+        return int(self._bank.table(_TABLE).version())
+
+    def _store(self, name: str, pane: int) -> BankCodebooks:
+        return BankCodebooks(self._bank, SliceId(self._ingest_id, name, pane, 0), self._rule)
