@@ -8,7 +8,6 @@ a new moment, after the other run's. The commit itself is refused by the log if 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -119,15 +118,21 @@ def _without(rows: pa.Table, keys: npt.NDArray[np.int64]) -> pa.Table:
     return rows.filter(pa.array(~np.isin(_keys(rows), keys), pa.bool_())) if len(keys) else rows
 
 
-def _recounted(ledger: pa.Table, codes: pa.Table, gone: Sequence[int] | npt.NDArray[np.int64]) -> pa.Table:
-    """The ledger rows with the documents ``gone`` counted as duplicates of their windows."""
-    if not len(gone):
-        return ledger
+def losses(codes: pa.Table, gone: npt.NDArray[np.int64]) -> dict[str, tuple[set[int], int]]:
+    """Window → the documents ``gone`` that it loses, and their passages."""
     passages = codes.filter(pa.array(np.isin(_keys(codes), gone), pa.bool_()))
     lost: dict[str, tuple[set[int], int]] = {}
     for key, window in zip(passages["key"].to_pylist(), passages["window"].to_pylist(), strict=True):
         keys, count = lost.get(window, (set(), 0))
         lost[window] = (keys | {key}, count + 1)
+    return lost
+
+
+def _recounted(ledger: pa.Table, codes: pa.Table, gone: npt.NDArray[np.int64]) -> pa.Table:
+    """The ledger rows with the documents ``gone`` counted as duplicates of their windows."""
+    if not len(gone):
+        return ledger
+    lost = losses(codes, gone)
     rows = []
     for row in ledger.to_pylist():
         keys, count = lost.get(row["window"], (set(), 0))
