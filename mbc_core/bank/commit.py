@@ -37,7 +37,10 @@ PREPARATORY = ("replay", "documents", "dead_letter")
 
 _LEDGER_FILE = "mbc.ledger"
 _ATTEMPTS = 8
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
+COMPACTED = "compacted"
+"""Folder of the files that `mbc compact` makes, in the place of an ingest id."""
+
+_NAME = re.compile(rf"(?!{COMPACTED}$)[A-Za-z0-9][A-Za-z0-9._-]{{0,79}}")
 _FILE = re.compile(
     r"(?P<ingest>[^/]+)/(?P<slice>.+)-p(?P<pane>\d+)-t(?P<added_at>\d+)-s(?P<shard>\d+)-(?P<digest>[0-9a-f]{32})\.parquet"
 )
@@ -116,13 +119,14 @@ def check_ingest_id(ingest_id: str) -> str:
     """The id, if it can name a folder.
 
     Raises:
-        UsageError: empty, too long, or other characters.
+        UsageError: empty, too long, other characters, or the name of the folder of compacted files.
     """
     if not _NAME.fullmatch(ingest_id):
         raise UsageError(
             "the ingest id cannot be used",
             value=ingest_id,
-            cause="it names a folder: 1 to 80 letters, digits, '.', '_' and '-', beginning with a letter or digit",
+            cause="it names a folder: 1 to 80 letters, digits, '.', '_' and '-', beginning with a letter or digit,"
+            f" and not `{COMPACTED}`",
             fix="choose a plain name such as nightly-2024-07-01",
         )
     return ingest_id
@@ -342,6 +346,14 @@ def settle(bank: Bank, ingest_id: str) -> int:
         if path in named:
             settled += _settle_file(bank, path)
     return settled
+
+
+def settle_all(bank: Bank) -> int:
+    """:func:`settle` for every ingest that left ledger files which no log names."""
+    in_log = {path for path, _ in bank.files("ledger")}
+    left = (one.path.removeprefix("ledger/") for one in bank.storage.list("ledger"))
+    runs = {ingest_of(path) for path in left if path not in in_log}
+    return sum(settle(bank, one) for one in sorted(runs - {"", COMPACTED, "_delta_log"}))
 
 
 def finished_slices(bank: Bank, ingest_id: str) -> set[str]:

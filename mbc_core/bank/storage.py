@@ -177,7 +177,6 @@ class Storage:
 
     def _write_local(self, path: str, data: bytes) -> bool:
         final = Path(self._inner(path))
-        final.parent.mkdir(parents=True, exist_ok=True)
         with _flushed(final, data) as temporary:
             return _link_new(temporary, final)
 
@@ -192,6 +191,7 @@ class Storage:
 @contextlib.contextmanager
 def _flushed(final: Path, data: bytes) -> Iterator[Path]:
     """``data`` on the disk under a temporary name beside ``final``; the name is gone afterwards."""
+    final.parent.mkdir(parents=True, exist_ok=True)
     temporary = final.parent / f"{_TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}"
     try:
         with temporary.open("xb") as stream:
