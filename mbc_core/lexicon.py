@@ -55,6 +55,11 @@ class Lexicon:
     def __len__(self) -> int:
         return self._size
 
+    @property
+    def bits(self) -> list[int]:
+        """Bits that each id takes on storage."""
+        return self._bits[: self._size]
+
     @classmethod
     def load(cls, path: Path) -> Lexicon:
         """Read a lexicon file.

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from mbc_core.cli.train_encoder import lexicon_command, prepare_command, salience_command
+from mbc_core.cli.train_encoder import lexicon_command, prepare_command, salience_command, word_code_command
 from mbc_core.cli.train_reader import reader_command
 
 
@@ -21,6 +21,7 @@ train.add_command(reader_command)
 train.add_command(lexicon_command)
 train.add_command(salience_command)
 train.add_command(prepare_command)
+train.add_command(word_code_command)
 
 
 @train.command("codebook")

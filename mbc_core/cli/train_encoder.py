@@ -1,4 +1,4 @@
-"""`mbc train lexicon|salience|prepare`: what chooses and spells word codes, and the data the rest is trained on."""
+"""`mbc train lexicon|salience|prepare|word-code`: what chooses and spells word codes, and data for the rest."""
 
 from __future__ import annotations
 
@@ -137,3 +137,30 @@ def prepare_command(
     passages = load_dev_passages(files, log=_say) if dev else load_training_passages(files, log=_say)
     chosen = [one for one in passages if not source or one.source in source]
     click.echo(json.dumps(prepare(encoder, salience, chosen, out_dir, resolve_device(device), log=_say)))
+
+
+@click.command("word-code")
+@click.argument("prepared", type=_FOLDER)
+@click.option("--lexicon", "lexicon_file", type=_FILE, required=True, help="Lexicon whose entries stay.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="File: ….json or ….json.gz.")
+@click.option("--limit", type=click.IntRange(1), default=None, help="Count only so many training passages.")
+def word_code_command(prepared: Path, lexicon_file: Path, out: Path, limit: int | None) -> None:
+    """Give the lexicon's entries the bits that suit the words which the passages of PREPARED keep.
+
+    Banks made with the lexicon as it was keep it: its digest, and so their word codes, are not this one's.
+
+    Example: mbc train word-code ./prepared --lexicon lexicon.json.gz --out lexicon-coded.json.gz
+    """
+    import numpy as np
+
+    from mbc_core.lexicon import Lexicon
+    from mbc_core.training.prepared import load_prepared
+    from mbc_core.training.word_code import train_word_code, write_card
+
+    data = load_prepared(prepared).split("train")
+    if limit is not None:
+        data = data.take(np.arange(min(limit, len(data))))
+    before = Lexicon.load(lexicon_file)
+    coded = train_word_code(data, before, say=_say)
+    coded.save(out)
+    click.echo(json.dumps(write_card(out, before, coded, data)))
