@@ -16,7 +16,7 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -28,7 +28,6 @@ from mbc_core.bank import (
     Bank,
     SliceId,
     Status,
-    Storage,
     VisibleKeys,
     begin_slice,
     drop_folded_statistics,
@@ -36,20 +35,10 @@ from mbc_core.bank import (
 )
 from mbc_core.bank.codebooks import version_rows
 from mbc_core.bank.recheck import JudgedAt
-from mbc_core.codebook.files import Codebook
-from mbc_core.codes import Rotation
 from mbc_core.errors import MbcError, UsageError
-from mbc_core.windows import DAY
-from pipelines.encoding import EncoderSource, acquire, resolve, resolve_device
 from pipelines.graph import Job, Share, build_distributed, build_slice, options_of, run
-from pipelines.options import (
-    IngestSettings,
-    codebook_of,
-    encoder_of,
-    parse_arguments,
-    rotation_of,
-)
-from pipelines.plain import EncodeRule
+from pipelines.opening import Opened, job_of, open_bank
+from pipelines.options import IngestSettings, parse_arguments
 from pipelines.plan import Judged, Plan, Slice, Spill, deal_out, make_plan
 from pipelines.progress import Report, report
 from pipelines.read import StagedBatches, drop_duplicates
@@ -58,7 +47,6 @@ from pipelines.records import DeadLetters, Tally, require_whole
 from pipelines.sink import write_slice
 from pipelines.sources import STDIN, Found, Source, find_sources, open_store
 from pipelines.staging import read_rows, staging_errors, staging_folder
-from schemas.manifest import PROFILES, Manifest
 
 _LOCAL_RUNNERS = ("fnapirunner", "directrunner", "bundlebaseddirectrunner")
 _WHOLE = "all"
@@ -96,58 +84,12 @@ def run_ingest(
     settings = settings or IngestSettings()
     found = find_sources(sources)
     options = options_of(beam_args)
-    opened = _open(bank, settings)
+    opened = open_bank(bank, settings)
     if (options.view_as(StandardOptions).runner or "").lower().rpartition(".")[2] in _LOCAL_RUNNERS:
         outcome = _run_slices(found, opened, settings, beam_args, show_progress, stdin)
     else:
         outcome = _run_distributed(found, opened, settings, beam_args)
     return _result(opened.bank, outcome, found, time.monotonic() - began)
-
-
-# ----------------------------------------------------------------------------------------------------- opening a bank
-
-
-@dataclass(frozen=True)
-class _Opened:
-    bank: Bank
-    encoder: EncoderSource
-    rotation: Rotation
-
-
-def _open(uri: str, settings: IngestSettings) -> _Opened:
-    """The bank, made with these settings or checked against them before anything is read."""
-    storage = Storage(uri)
-    there = Bank.open(uri).manifest if storage.exists("manifest.json") else None
-    profile = PROFILES[settings.profile or (there.profile if there else "default")]
-    precision = settings.precision
-    if precision == "auto" and there is not None and there.encoder.count("/") >= 2:
-        precision = there.encoder.rsplit("/", 2)[1]  # a bank keeps the precision it was made with
-    source = encoder_of(settings, profile, resolve_device(settings.device), precision)
-    loaded = acquire(source)
-    rotation = Rotation.load(resolve(rotation_of(settings)))
-    book_path = resolve(codebook_of(settings, profile))
-    book = Codebook.from_bytes(book_path.read_bytes(), str(book_path))
-    words = profile.words > 0 and loaded.lexicon is not None
-    salt = {"key_salt": settings.key_salt} if settings.key_salt is not None else {}
-    manifest = Manifest(
-        profile=profile.name,
-        encoder=loaded.encoder.encoder_id,
-        slots=profile.slots,
-        codewords=book.size,
-        width=book.width,
-        words=profile.words,
-        rotation=rotation.digest,
-        salience=loaded.encoder.salience_digest if words else "",
-        lexicon=loaded.lexicon.digest if words and loaded.lexicon is not None else "",
-        window_seconds=settings.window_seconds or (there.window_seconds if there else DAY),
-        **salt,
-    )
-    return _Opened(Bank.open_or_create(uri, manifest, book), source, rotation)
-
-
-def _job(opened: _Opened, settings: IngestSettings) -> Job:
-    rule = EncodeRule(opened.bank.manifest.words, settings.keep_text, replay=settings.replay_per_window > 0)
-    return Job(opened.bank, opened.encoder, opened.rotation, rule, settings.update_rule, settings.shards)
 
 
 # ------------------------------------------------------------------------------------------------------ local slices
@@ -167,7 +109,7 @@ class _Outcome:
 
 def _run_slices(
     found: Found,
-    opened: _Opened,
+    opened: Opened,
     settings: IngestSettings,
     beam_args: Sequence[str],
     show_progress: bool | None,
@@ -181,7 +123,7 @@ def _run_slices(
         spill.finish()
         chosen = _choose_run(opened.bank, spill, settings)
         deal_out(spill, chosen.plan, chosen.finished)
-        runner = _SliceRunner(_job(opened, settings), chosen, settings, tuple(beam_args), shown)
+        runner = _SliceRunner(job_of(opened, settings), chosen, settings, tuple(beam_args), shown)
         runner.run_all()
     plan, finished = chosen.plan, chosen.finished
     skipped = sum(one.name in finished for one in plan.slices)
@@ -294,7 +236,7 @@ class _SliceRunner:
 # ------------------------------------------------------------------------------------------------------- distributed
 
 
-def _run_distributed(found: Found, opened: _Opened, settings: IngestSettings, beam_args: Sequence[str]) -> _Outcome:
+def _run_distributed(found: Found, opened: Opened, settings: IngestSettings, beam_args: Sequence[str]) -> _Outcome:
     """One pipeline that reads its sources itself and makes one commit."""
     ingest_id = settings.ingest_id or _id_from_listing(found.sources, settings)
     judged = JudgedAt(opened.bank.table("codes").version())
@@ -302,7 +244,7 @@ def _run_distributed(found: Found, opened: _Opened, settings: IngestSettings, be
     finished = finished_slices(opened.bank, ingest_id)
     if _WHOLE not in finished:
         pipeline = beam.Pipeline(options=options_of(beam_args))
-        build_distributed(pipeline, found.sources, _job(opened, settings), share)
+        build_distributed(pipeline, found.sources, job_of(opened, settings), share)
         run(pipeline)
     return _Outcome(ingest_id, None, None, 1, int(_WHOLE in finished), frozenset(finished))
 
@@ -335,14 +277,7 @@ def _result(bank: Bank, outcome: _Outcome, found: Found, seconds: float) -> dict
         for row in bank.read("ledger").to_pylist()
         if row["ingest_id"] == outcome.ingest_id and (outcome.names is None or row["slice"] in outcome.names)
     ]
-    total = Tally("")
-    for row in rows:
-        total += Tally(
-            "",
-            **{name: row[name] for name in ("documents_in", "documents", "passages", "duplicates", "replaced")},
-            dead_letters=json.loads(row["dead_letters"]),
-        )
-    require_whole([total])
+    total = total_of(rows)
     if outcome.documents_in is not None and total.documents_in != outcome.documents_in:
         raise MbcError(
             "the ledger does not hold every document that was read",
@@ -367,6 +302,20 @@ def _result(bank: Bank, outcome: _Outcome, found: Found, seconds: float) -> dict
         "slices_skipped": outcome.skipped,
         "passed_over": list(found.passed_over),
     }
+
+
+def total_of(rows: Iterable[Mapping[str, Any]]) -> Tally:
+    """The sum of some rows of the ledger.
+
+    Raises:
+        MbcError: documents seen are not all accounted for.
+    """
+    total = Tally("")
+    for row in rows:
+        counts = {name: row[name] for name in ("documents_in", "documents", "passages", "duplicates", "replaced")}
+        total += Tally("", **counts, dead_letters=json.loads(row["dead_letters"]))
+    require_whole([total])
+    return total
 
 
 def _encoded_now(outcome: _Outcome, rows: Iterable[dict[str, Any]]) -> int:

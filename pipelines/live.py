@@ -70,6 +70,24 @@ class Drain:
         return self.level
 
 
+@dataclass
+class SourceCounts:
+    """What a source has done so far, for the progress line and the last check.
+
+    Attributes:
+        files: read, changed ones again. records: handed on. waiting: read, not handed on yet. open_files: found, but
+            not read yet. left: files that the end left for the next run. watermark: microseconds, None before the
+            first look.
+    """
+
+    files: int = 0
+    records: int = 0
+    waiting: int = 0
+    open_files: int = 0
+    left: tuple[str, ...] = ()
+    watermark: int | None = None
+
+
 _SOURCES: dict[str, LiveSource] = {}
 
 

@@ -22,7 +22,7 @@ from pathlib import Path, PurePosixPath
 
 from mbc_core.errors import MbcError, StorageError, UsageError
 from pipelines.backlog import Backlog
-from pipelines.live import Drain, Step
+from pipelines.live import Drain, SourceCounts, Step
 from pipelines.readers import Record, Rejected, read_source
 from pipelines.sources import KINDS, STDIN, FileState, Source, kind_of, list_files, state_of
 from schemas.document import Document
@@ -54,24 +54,6 @@ class WatchRule:
     poll: float = 5.0
     idle_exit: float | None = None
     drain_wait: float = 5.0
-
-
-@dataclass
-class SourceCounts:
-    """What a source has done so far, for the progress line and the last check.
-
-    Attributes:
-        files: read, changed ones again. records: handed on. waiting: read, not handed on yet. open_files: found, but
-            not read yet. left: files that the end left for the next run. watermark: microseconds, None before the
-            first look.
-    """
-
-    files: int = 0
-    records: int = 0
-    waiting: int = 0
-    open_files: int = 0
-    left: tuple[str, ...] = ()
-    watermark: int | None = None
 
 
 class FolderWatch:

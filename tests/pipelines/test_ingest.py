@@ -17,6 +17,7 @@ from tiny import POISON, TinySpec, corpus, settings, to_line, write_corpus
 from mbc_core.bank import Bank
 from mbc_core.errors import DamagedFile, MbcError, ModelError, StorageError, UsageError
 from pipelines import ingest as ingest_module
+from pipelines import opening
 from pipelines.ingest import main, run_ingest
 from pipelines.progress import ENCODED
 from schemas.document import Document
@@ -305,9 +306,9 @@ def test_ingest_ids_that_name_no_folder(tmp_path):
 
 def test_command_line_prints_json_and_exit_codes(tmp_path, monkeypatch, capsys):
     given = settings(tmp_path / "w")
-    monkeypatch.setattr(ingest_module, "encoder_of", lambda *args: TinySpec())
-    monkeypatch.setattr(ingest_module, "rotation_of", lambda *args: given.rotation)
-    monkeypatch.setattr(ingest_module, "codebook_of", lambda *args: given.codebook)
+    monkeypatch.setattr(opening, "encoder_of", lambda *args: TinySpec())
+    monkeypatch.setattr(opening, "rotation_of", lambda *args: given.rotation)
+    monkeypatch.setattr(opening, "codebook_of", lambda *args: given.codebook)
     source = write_corpus(tmp_path / "a.jsonl", corpus(4))
     arguments = [source, "--bank", str(tmp_path / "bank"), "--window=12h", "--ingest-id=cli", "--json"]
     assert main([*arguments, "--direct_num_workers=1"]) == 0
