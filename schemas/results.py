@@ -257,6 +257,26 @@ class AdaptResult(TypedDict):
     after: AdaptScores
 
 
+class Stored(TypedDict):
+    """Files and bytes of a bank on storage; ``parts`` is bytes by folder."""
+
+    files: int
+    bytes: int
+    parts: BankBytes
+
+
+class CompactResult(TypedDict):
+    """``mbc compact``: ``merged`` files became ``shards``; ``dropped`` rows by table; ``swept`` files nobody named."""
+
+    before: Stored
+    after: Stored
+    merged: int
+    shards: int
+    dropped: dict[str, int]
+    swept: int
+    seconds: float
+
+
 class ForgetResult(TypedDict):
     """``mbc forget``: counts of documents, and the path of the receipt."""
 

@@ -6,12 +6,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, Literal
+from typing import TYPE_CHECKING, BinaryIO, Literal, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 from deltalake import CommitProperties, DeltaTable
@@ -19,8 +21,9 @@ from deltalake.exceptions import DeltaError, TableNotFoundError
 
 from mbc_core.bank import export, inspect, parquet
 from mbc_core.bank.codebooks import check_codebook, load_chain, load_codebook, register_codebook, version_rows
-from mbc_core.bank.commit import ingest_of
+from mbc_core.bank.commit import COMPACTED, ingest_of
 from mbc_core.bank.storage import Storage, as_storage_error, is_refusal, plain_cause
+from mbc_core.bank.tombstones import Tombstones, load_tombstones
 from mbc_core.bank.visible import VisibleKeys, join_documents, newest_revisions, revision_places, visible_keys
 from mbc_core.errors import DamagedFile, IncompatibleBank, StorageError, UsageError
 from schemas.manifest import Manifest
@@ -32,9 +35,12 @@ if TYPE_CHECKING:
     from mbc_core.codebook.files import Codebook
     from mbc_core.codebook.update import UpdateRule
     from mbc_core.memory import Memory, Recalled
-    from schemas.results import InspectResult, VerifiedInspectResult
+    from schemas.results import CompactResult, ForgetResult, InspectResult, VerifiedInspectResult
 
 MANIFEST = "manifest.json"
+_READS, _LOADS = 6, 4
+
+Found = TypeVar("Found")
 PASSAGE_DOCUMENT_COLUMNS = ["doc_id", "title", "uri"]
 
 
@@ -171,11 +177,30 @@ class Bank:
         return parquet.from_bytes(data, self.storage.locate(full), columns, schema=TABLES[table])
 
     def read(self, table: str, columns: list[str] | None = None, keep: Callable[[str], bool] | None = None) -> pa.Table:
-        """All rows of a table, digests checked; ``keep`` may choose files by their path."""
+        """All rows of a table, digests checked; ``keep`` may choose files by their path.
+
+        When files are replaced meanwhile (`mbc compact`, `mbc forget`), the table is read again.
+        """
         schema = TABLES[table]
         wanted = schema if columns is None else pa.schema([schema.field(name) for name in columns])
-        parts = [self.read_file(table, path, columns) for path, _ in self.files(table) if keep is None or keep(path)]
-        return pa.concat_tables([wanted.empty_table(), *parts])
+
+        def read() -> pa.Table:
+            paths = [path for path, _ in self.files(table) if keep is None or keep(path)]
+            parts = [self.read_file(table, path, columns) for path in paths]
+            return pa.concat_tables([wanted.empty_table(), *parts])
+
+        return self.steady(read, table)
+
+    def steady(self, read: Callable[[], Found], *tables: str) -> Found:
+        """``read`` once more when it failed and a table was changed meanwhile: what it saw did not belong together."""
+        for _ in range(_READS):
+            before = [self.table(name).version() for name in tables]
+            try:
+                return read()
+            except (DamagedFile, StorageError):
+                if before == [self.table(name).version() for name in tables]:
+                    raise
+        return read()
 
     def codebook(self, version: int) -> Codebook:
         """One codebook version, its digest checked; kept in memory, since versions never change.
@@ -202,7 +227,7 @@ class Bank:
             rule: when and how the next version is made; the default rule when None.
             resuming: an ingest id whose unfinished slice must decide as if it had published nothing yet.
         """
-        return load_chain(self, rule, resuming)
+        return self.steady(lambda: load_chain(self, rule, resuming), "ledger", "codebook_versions")
 
     def visible(self, ignore_ingest: str | None = None) -> VisibleKeys:
         """The newest visible revision of every document, for judging what is new.
@@ -210,12 +235,30 @@ class Bank:
         Args:
             ignore_ingest: leave out what this ingest added, so that its rerun plans exactly as the first time.
         """
-        codes = self.read(
-            "codes",
-            ["key", "added_at"],
-            None if ignore_ingest is None else lambda path: ingest_of(path) != ignore_ingest,
+        return self.steady(lambda: self._visible(ignore_ingest), "codes")
+
+    def _visible(self, ignore_ingest: str | None) -> VisibleKeys:
+        columns = ["key", "added_at"]
+        if ignore_ingest is None:
+            codes = self.read("codes", columns)
+        else:
+            codes = self.read("codes", columns, lambda path: ingest_of(path) not in (ignore_ingest, COMPACTED))
+            together = self.read("codes", columns, lambda path: ingest_of(path) == COMPACTED)
+            mine = np.isin(together["added_at"].cast(pa.int64()).to_numpy(), self.moments_of(ignore_ingest))
+            codes = pa.concat_tables([codes, together.filter(pa.array(~mine))])
+        found = visible_keys(codes, lambda: self.read("documents", ["key", "added_at", "content_hash"]))
+        return found.with_tombstones(self.tombstones())
+
+    def moments_of(self, ingest_id: str) -> npt.NDArray[np.int64]:
+        """``added_at`` of every slice that this ingest has added, microseconds: int64 [slices], ascending."""
+        ledger = self.read("ledger", ["ingest_id", "added_at"])
+        return np.unique(
+            ledger.filter(pc.equal(ledger["ingest_id"], ingest_id))["added_at"].cast(pa.int64()).to_numpy()
         )
-        return visible_keys(codes, lambda: self.read("documents", ["key", "added_at", "content_hash"]))
+
+    def tombstones(self) -> Tombstones:
+        """The documents that are to stay forgotten, by hashes of their keys."""
+        return load_tombstones(self)
 
     def passages(self, as_of: int | None = None) -> pa.Table:
         """The passages of every document's newest revision, with their document's id, title and uri.
@@ -227,6 +270,9 @@ class Bank:
             The columns of ``schemas.tables.CODES`` and ``doc_id, title, uri``, sorted by (key, passage). A document
             without a title has its id as title.
         """
+        return self.steady(lambda: self._passages(as_of), "codes")
+
+    def _passages(self, as_of: int | None) -> pa.Table:
         codes = self.read("codes")
         codes = codes.filter(pa.array(newest_revisions(codes, as_of)))
         codes = codes.sort_by([("key", "ascending"), ("passage", "ascending")])
@@ -235,9 +281,9 @@ class Bank:
 
     def replay(self, as_of: int | None = None) -> pa.Table:
         """Questions and answers of every document's newest revision: the columns of ``schemas.tables.REPLAY``."""
+        rows = self.read("replay")  # codes last: rows that a revision has no more of are left out
         codes = self.read("codes", ["key", "added_at"])
         codes = codes.filter(pa.array(newest_revisions(codes, as_of)))
-        rows = self.read("replay")
         return rows.filter(pa.array(revision_places(rows, codes) >= 0))
 
     def documents(self, keys: Iterable[int] | None = None) -> Mapping[int, dict[str, object]]:
@@ -270,6 +316,19 @@ class Bank:
     def inspect(self, verify: bool = False) -> InspectResult | VerifiedInspectResult:
         """What ``mbc inspect --json`` prints; with ``verify`` every file, digest, count and link is checked."""
         return inspect.verify(self) if verify else inspect.inspect(self)
+
+    def forget(self, doc_ids: Iterable[str], say: Callable[[str], None] | None = None) -> ForgetResult:
+        """Remove documents for good; see :func:`mbc_core.bank.forget.forget`."""
+        from mbc_core.bank.forget import forget
+
+        return forget(self, doc_ids, say)
+
+    def compact(self, history: float = 30 * 86_400.0, say: Callable[[str], None] | None = None) -> CompactResult:
+        """Merge small files, drop what is superseded for longer than ``history`` seconds, and sweep; see
+        :func:`mbc_core.bank.compact.compact`."""
+        from mbc_core.bank.compact import compact
+
+        return compact(self, history=history, say=say)
 
     def export(
         self,
@@ -330,10 +389,22 @@ def _is_table(where: str, options: dict[str, str] | None) -> bool:
         return False
 
 
+def _load_steadily(where: str, version: int | None, options: dict[str, str] | None) -> DeltaTable:
+    """Load a table, again when its log was being cut short (`mbc forget`): the checkpoint then has it all."""
+    for attempt in range(_LOADS):
+        try:
+            return DeltaTable(where, version=version, storage_options=options)
+        except (DeltaError, OSError) as error:
+            if version is not None or isinstance(error, TableNotFoundError) or is_refusal(error):
+                raise
+            time.sleep(0.02 * 2**attempt)
+    return DeltaTable(where, version=version, storage_options=options)
+
+
 def _load_table(storage: Storage, name: str, version: int | None = None) -> DeltaTable:
     where = storage.locate(name)
     try:
-        return DeltaTable(where, version=version, storage_options=storage.delta_options() or None)
+        return _load_steadily(where, version, storage.delta_options() or None)
     except TableNotFoundError as error:
         raise DamagedFile(
             f"the bank's table {where} is not there",

@@ -37,6 +37,7 @@ REMOVALS = "removals"
 """Folder of the notes that say how many rows of which slice were taken out, so that the ledger can be checked."""
 
 _ATTEMPTS = 12
+_WORTH_A_CHECKPOINT = 20  # entries; a checkpoint is as large as that many
 _STOP = '{"protocol":{"minReaderVersion":99,"minWriterVersion":99}}\n'
 _ENTRY = re.compile(r"(\d{20})\.json")
 _CHECKPOINT = re.compile(r"(\d{20})\.checkpoint\..*parquet")
@@ -197,10 +198,11 @@ def removed_rows(bank: Bank) -> dict[int, int]:
 # ------------------------------------------------------------------------------------------------------------ the logs
 
 
-def clear_log(bank: Bank, table: str, *, delete_before: float = 0.0) -> int:
+def clear_log(bank: Bank, table: str, *, delete_before: float = 0.0, empty: bool = True) -> int:
     """Write a checkpoint, and take the contents out of every older entry of the log but for its commit's facts.
 
     Args:
+        empty: False keeps the contents of entries that are not deleted, and does nothing when few would be.
         delete_before: entries last written before this time (seconds since the epoch) are deleted. Give a time so
             long ago that no writer can still have that version loaded.
 
@@ -208,6 +210,8 @@ def clear_log(bank: Bank, table: str, *, delete_before: float = 0.0) -> int:
         How many entries were emptied or deleted.
     """
     folder = f"{table}/_delta_log"
+    if not empty and sum(one.modified < delete_before for one in bank.storage.list(folder)) < _WORTH_A_CHECKPOINT:
+        return 0
     loaded = bank.table(table)
     try:
         loaded.create_checkpoint()
@@ -223,7 +227,7 @@ def clear_log(bank: Bank, table: str, *, delete_before: float = 0.0) -> int:
         if checkpoint or one.modified < delete_before:
             bank.storage.delete(one.path)
             count += 1
-        elif entry:
+        elif empty:
             count += _empty_entry(bank, one.path)
     return count
 

@@ -7,7 +7,7 @@ before documents: whatever codes show, documents already hold.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
 import numpy as np
@@ -15,6 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from mbc_core.bank.tombstones import Tombstones
 from mbc_core.errors import DamagedFile, UsageError
 
 HASH_BYTES = 16
@@ -26,6 +27,8 @@ class Status(IntEnum):
     NEW = 0
     DUPLICATE = 1
     REVISION = 2
+    FORGOTTEN = 3
+    """It was to be forgotten: refused, whatever its content."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +38,12 @@ class VisibleKeys:
     Attributes:
         keys: int64 [n], strictly ascending.
         hashes: uint64 [n, 2], the 16 bytes of each content hash.
+        tombstones: the documents that must not come back; None when there are none.
     """
 
     keys: npt.NDArray[np.int64]
     hashes: npt.NDArray[np.uint64]
+    tombstones: Tombstones | None = None
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -71,7 +76,13 @@ class VisibleKeys:
             same = known & (self.hashes[place] == pairs).all(axis=1)
             result[known] = Status.REVISION
             result[same] = Status.DUPLICATE
+        if self.tombstones is not None:
+            result[self.tombstones.forgotten(keys)] = Status.FORGOTTEN
         return result
+
+    def with_tombstones(self, tombstones: Tombstones) -> VisibleKeys:
+        """The same, refusing what was to be forgotten."""
+        return replace(self, tombstones=tombstones if len(tombstones) else None)
 
 
 def hash_pairs(hashes: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint64]:
