@@ -1,4 +1,4 @@
-"""The command line without Beam: ask, recall, inspect, export, eval, adapters, train.
+"""The command line without Beam: ask, recall, inspect, export, forget, compact, eval, adapters, train.
 
 `mbc` (pipelines/main.py) adds ingest, adapt and demo, and lets eval build banks; ``python -m mbc_core.cli`` is this
 half alone.

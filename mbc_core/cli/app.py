@@ -18,6 +18,8 @@ COMMANDS = {
     "recall": ("mbc_core.cli.ask", "recall"),
     "inspect": ("mbc_core.cli.bank", "inspect"),
     "export": ("mbc_core.cli.bank", "export"),
+    "forget": ("mbc_core.cli.life", "forget"),
+    "compact": ("mbc_core.cli.life", "compact"),
     "eval": ("mbc_core.cli.evaluate", "evaluate"),
     "adapters": ("mbc_core.cli.adapters", "adapters"),
     "train": ("mbc_core.cli.train", "train"),
