@@ -19,13 +19,15 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from mbc_core.bank import PreparedFile, SliceId, begin_slice
-from mbc_core.bank.commit import last_version
+from mbc_core.bank.commit import last_version, settle
 from mbc_core.bank.latest import LatestRevisions, Standing
 from mbc_core.bank.recheck import JudgedAt
+from mbc_core.bank.refuse import forgotten_letters
+from mbc_core.bank.tombstones import load_tombstones
 from mbc_core.errors import StorageError
 from pipelines import sink
 from pipelines.plain import deal_by_key, quantize_batch, sum_statistics
-from pipelines.records import CodeBatch, DeadLetters, EncodedBatch, Tally, by_window, column, concat
+from pipelines.records import DEAD_LETTER_ROWS, CodeBatch, DeadLetters, EncodedBatch, Tally, by_window, column, concat
 from pipelines.stream_codebook import LiveCodebooks
 from pipelines.stream_records import StreamPart, WindowPane, hashes_of, keys_of, times_of
 
@@ -88,6 +90,7 @@ class PaneCommitter:
         self._mine: dict[str, int] = {}
         self._done: set[tuple[str, int, int]] = set()
         self._replay_left: dict[str, int] = {}
+        self._unsettled = False
         self._lock = threading.Lock()
 
     @property
@@ -117,6 +120,9 @@ class PaneCommitter:
     def _commit(self, window: str, pane: int, part: StreamPart) -> int | None:
         app_id = SliceId(self._plan.ingest_id, window, 0, 0).app_id("codes")
         for _ in range(_ATTEMPTS):
+            if self._unsettled:
+                settle(self._bank, self._plan.ingest_id)
+                self._unsettled = False
             judged_at = JudgedAt(self.latest.refresh(), own=True)
             last = last_version(self._bank, "codes", app_id)
             again = last >= pane and self._mine.get(window) != last
@@ -127,18 +133,23 @@ class PaneCommitter:
             try:
                 written = self._write(slice_id, window, judged, judged_at)
             except BaseException:
-                self._codebooks.doubt()
+                self._doubt()
                 raise
             if written:
                 self._mine[window] = slice_id.pane
                 return slice_id.pane
-            self._codebooks.doubt()
+            self._doubt()
         raise StorageError(
             f"the window {window} could not be committed",
             value=f"{_ATTEMPTS} attempts",
             cause=f"another process streams into this bank under the ingest id {self._plan.ingest_id} too",
             fix="end one of them, or give each its own --ingest-id",
         )
+
+    def _doubt(self) -> None:
+        """Nobody knows how far the last commit came: look at the bank before the next."""
+        self._codebooks.doubt()
+        self._unsettled = True
 
     # ------------------------------------------------------------------------------------------------------- judging
 
@@ -154,7 +165,9 @@ class PaneCommitter:
         wins = _newest(keys, times, hashes)
         standing = self.latest.standing(keys, hashes, times)
         standing[len(keys) - sum(one.num_rows for one in part.known) :] = Standing.DUPLICATE
-        fresh = wins & (standing != Standing.DUPLICATE) & (standing != Standing.OLDER)
+        gone = wins & load_tombstones(self._bank).forgotten(keys)
+        known = wins & ~gone & (standing == Standing.DUPLICATE)
+        fresh = wins & ~gone & ~known & (standing != Standing.OLDER)
         batches, start = [], 0
         for batch in part.batches:
             keep = fresh[start : start + batch.documents.num_rows]
@@ -162,11 +175,11 @@ class PaneCommitter:
             if keep.any():
                 batches.append(_rows_where(batch, keep))
         letters = self._letters.new(part.letters, again)
-        duplicates = int((wins & (standing == Standing.DUPLICATE)).sum())
-        replaced = int(len(keys) - fresh.sum() - duplicates)
         tally = Tally(window, documents_in=int(fresh.sum()))
         if not again:
-            tally = replace(tally, documents_in=len(keys), duplicates=duplicates, replaced=replaced)
+            letters = _with_forgotten(letters, window, int(gone.sum()))
+            counts = int(known.sum()), int(len(keys) - (fresh | known | gone).sum())
+            tally = replace(tally, documents_in=len(keys) - int(gone.sum()), duplicates=counts[0], replaced=counts[1])
         return _Judged(batches, letters, tally)
 
     # ------------------------------------------------------------------------------------------------------- writing
@@ -253,6 +266,15 @@ class _StoredLetters:
                 if owner == plan.ingest_id
             }
         return self._stored
+
+
+def _with_forgotten(letters: DeadLetters | None, window: str, count: int) -> DeadLetters | None:
+    """Documents that the bank was told to forget are refused, and counted."""
+    if not count:
+        return letters
+    refused = forgotten_letters(count).to_pylist()
+    rows = pa.RecordBatch.from_pylist([{"window": window, **row} for row in refused], DEAD_LETTER_ROWS)
+    return DeadLetters(rows if letters is None else concat([letters.rows, rows]))
 
 
 def _letter_names(rows: pa.RecordBatch) -> list[bytes]:

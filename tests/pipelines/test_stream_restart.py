@@ -1,0 +1,136 @@
+"""A stream that dies anywhere and is started again under its name: each row once, and the same ones."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from oracle import held
+from stream_run import DAY, Watermark, day, document, new_bank, panes, plan_of, run, stored
+from test_stream_learning import live_steps
+from tiny import RULE, SLOTS, corpus
+
+from mbc_core.bank import commit
+from mbc_core.bank.storage import Storage
+from schemas.tables import TABLES
+
+QUICK = replace(RULE, min_vectors=20 * SLOTS)
+DOCUMENTS = sorted((one for one in corpus(70) if one.event_time is not None), key=lambda one: one.event_time)
+HOUR = 3_600
+LATE = [document("late", DAY + HOUR, "Late words."), document("later", DAY + 2 * HOUR, "Later words.")]
+STEPS = [*live_steps(DOCUMENTS), Watermark(4 * DAY + 5), *LATE]
+
+
+class Died(Exception):
+    """Stands for the death of the process: from then on nothing is written any more."""
+
+
+def count_operations(monkeypatch, die_at=None):
+    """Count writes and commits, before and after each; from moment ``die_at`` on each raises."""
+    seen: list[str] = []
+
+    def tick(name):
+        seen.append(name)
+        if die_at is not None and len(seen) >= die_at:
+            raise Died(name)
+
+    write, transact = Storage.write_new, commit.DeltaTable.create_write_transaction
+
+    def write_new(self, path, data):
+        tick(f"before writing {path}")
+        done = write(self, path, data)
+        tick(f"after writing {path}")
+        return done
+
+    def create_write_transaction(self, *args, **kwargs):
+        tick("before a commit")
+        transact(self, *args, **kwargs)
+        tick("after a commit")
+
+    monkeypatch.setattr(Storage, "write_new", write_new)
+    monkeypatch.setattr(commit.DeltaTable, "create_write_transaction", create_write_transaction)
+    return seen
+
+
+def plan(bank):
+    return plan_of(bank, lateness=20 * DAY, rule=QUICK)
+
+
+def replay(bank):
+    rows = bank.replay().drop_columns(["added_at"]).to_pylist()
+    return sorted((row["key"], row["question"], row["answer"], row["window"]) for row in rows)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    bank = new_bank(tmp_path_factory.mktemp("undisturbed"))
+    with pytest.MonkeyPatch.context() as patch:
+        seen = count_operations(patch)
+        run(STEPS, plan(bank))
+    found = held(bank)
+    assert len(found.digests) >= 4
+    assert panes(bank)[day(1), 2, day(1)] == {"documents_in": 1, "documents": 1}
+    return found, panes(bank), replay(bank), len(seen)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("share", [0.01, 0.15, 0.3, 0.45, 0.6, 0.75, 0.9, 0.99])
+def test_death_at_any_moment_then_the_same_stream(tmp_path, undisturbed, share):
+    codes, counts, questions, operations = undisturbed
+    bank = new_bank(tmp_path)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Died):
+        count_operations(patch, max(1, round(share * operations)))
+        run(STEPS, plan(bank))
+    run(STEPS, plan(bank))
+    assert held(bank) == codes
+    assert panes(bank) == counts
+    assert replay(bank) == questions
+
+
+def test_a_finished_stream_run_again_adds_nothing(tmp_path):
+    bank = new_bank(tmp_path)
+    bad = document("bad", HOUR, "POISON here")
+    steps = [*STEPS[:4], bad, *STEPS[4:], document("over", 0, "Too late.")]
+    given = plan_of(bank, lateness=4 * DAY, rule=QUICK)
+    run(steps, given)
+    before = {name: bank.table(name).version() for name in TABLES}
+    assert panes(bank)
+    run(steps, given)
+    assert {name: bank.table(name).version() for name in TABLES} == before
+
+
+def test_after_a_restart_a_number_that_was_used_takes_what_is_new(tmp_path):
+    """Panes are numbered anew; a source that shows only what is new must not find its window's commit done."""
+    bank = new_bank(tmp_path)
+    run([document("a", HOUR), document("b", HOUR)], plan_of(bank))
+    run([document("b", HOUR), document("c", HOUR)], plan_of(bank))
+    run([document("d", HOUR), Watermark(DAY + 1), document("e", HOUR)], plan_of(bank, lateness=HOUR))
+    assert stored(bank) == [(name, day(0)) for name in "abcde"]
+    assert panes(bank) == {
+        (day(0), 0, day(0)): {"documents_in": 2, "documents": 2},
+        (day(0), 1, day(0)): {"documents_in": 1, "documents": 1},
+        (day(0), 2, day(0)): {"documents_in": 1, "documents": 1},
+        (day(0), 3, day(0)): {"documents_in": 1, "documents": 1},
+    }
+
+
+def test_two_streams_into_one_window_lose_nothing(tmp_path):
+    bank = new_bank(tmp_path)
+    run([document("a", HOUR), document("both", HOUR)], plan_of(bank, "one"))
+    run([document("b", HOUR), document("both", HOUR)], plan_of(bank, "two"))
+    assert stored(bank) == [(name, day(0)) for name in ("a", "b", "both")]
+    assert panes(bank, "two") == {(day(0), 0, day(0)): {"documents_in": 2, "documents": 1, "duplicates": 1}}
+
+
+def test_what_the_bank_was_told_to_forget_is_refused_and_counted(tmp_path):
+    from mbc_core.bank.tombstones import tombstone_of, write_tombstones
+
+    bank = new_bank(tmp_path)
+    gone = document("gone", HOUR)
+    salt = bank.manifest.salt
+    write_tombstones(bank, [(tombstone_of(gone.key(salt), salt), None)], 5)
+    run([gone, document("stays", HOUR)], plan_of(bank))
+    assert stored(bank) == [("stays", day(0))]
+    assert panes(bank) == {(day(0), 0, day(0)): {"documents_in": 2, "documents": 1, "forgotten": 1}}
+    (letter,) = bank.read("dead_letter").to_pylist()
+    assert (letter["key"], letter["raw"]) == (None, None)
