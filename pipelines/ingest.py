@@ -35,7 +35,7 @@ from mbc_core.bank import (
 )
 from mbc_core.bank.codebooks import version_rows
 from mbc_core.bank.recheck import JudgedAt
-from mbc_core.errors import MbcError, UsageError
+from mbc_core.errors import DamagedFile, MbcError, UsageError
 from pipelines.graph import Job, Share, build_distributed, build_slice, options_of, run
 from pipelines.opening import Opened, job_of, open_bank
 from pipelines.options import IngestSettings, parse_arguments
@@ -204,19 +204,26 @@ class _SliceRunner:
 
     def _run_slice(self, one: Slice) -> None:
         rows, tallies = drop_duplicates(read_rows(one.path), self._chosen.visible)
-        share = Share(self._begin(one.name), one.continues, self._replay_limits(one), self._chosen.judged)
         if rows.num_rows:
             path = one.path.with_suffix(".batches")
             with staging_errors(path):
                 staged = StagedBatches.write(path, rows, self._settings.batch_documents)
-            pipeline = beam.Pipeline(options=options_of(self._beam_args))
-            build_slice(pipeline, staged, tallies, self._job, share)
-            run(pipeline)
+            try:
+                self._run_graph(one, staged, tallies)
+            except DamagedFile:
+                # Files that were not committed yet are gone: `mbc forget` found a document of its own in them.
+                self._run_graph(one, staged, tallies)
             staged.remove()
         else:
-            write_slice(self._job.bank, share.slice_id, None, tallies)
+            write_slice(self._job.bank, self._begin(one.name), None, tallies)
         one.path.unlink()
         self._forget_folded()
+
+    def _run_graph(self, one: Slice, staged: StagedBatches, tallies: Sequence[Tally]) -> None:
+        share = Share(self._begin(one.name), one.continues, self._replay_limits(one), self._chosen.judged)
+        pipeline = beam.Pipeline(options=options_of(self._beam_args))
+        build_slice(pipeline, staged, tallies, self._job, share)
+        run(pipeline)
 
     def _begin(self, name: str) -> SliceId:
         return begin_slice(self._job.bank, self._chosen.ingest_id, name)

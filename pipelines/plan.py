@@ -21,6 +21,7 @@ import pyarrow as pa
 from mbc_core.windows import window_order
 from pipelines.readers import Record, Rejected
 from pipelines.records import DEAD_LETTER_ROWS, STAGED, DeadLetters, Tally, staged_rows
+from pipelines.refused import forgotten_rows, refuse_letters
 from pipelines.staging import append_rows, read_rows
 from schemas.document import Document, document_key
 
@@ -32,14 +33,14 @@ _CHUNK_DOCUMENTS = 4_096
 _CHUNK_TEXT_BYTES = 32 << 20
 _REJECTED_ROWS, _REJECTED_BYTES = 20_000, 32 << 20
 _UNDATED_TIME = np.iinfo(np.int64).min
-_DUPLICATE = 1  # mbc_core.bank.Status.DUPLICATE; the bank's package is heavy and not needed to plan
+_DUPLICATE, _FORGOTTEN = 1, 3  # of mbc_core.bank.Status; the bank's package is heavy and not needed to plan
 
 
 class Visible(Protocol):
     """What the plan asks of a bank: which documents it shows already (``mbc_core.bank.VisibleKeys``)."""
 
     def status(self, keys: npt.NDArray[np.int64], hashes: npt.NDArray[np.uint8]) -> npt.NDArray[np.int8]:
-        """0 new, 1 duplicate, 2 revision, for keys int64 [n] and hashes uint8 [n, 16]."""
+        """0 new, 1 duplicate, 2 revision, 3 to be forgotten, for keys int64 [n] and hashes uint8 [n, 16]."""
         ...
 
 
@@ -269,9 +270,10 @@ def make_plan(
     """
     index = spill.index()
     wins = newest(index)
-    duplicate = np.zeros(len(wins), bool)
-    duplicate[wins] = visible.status(index.keys[wins], index.hashes[wins]) == _DUPLICATE
-    order = _slice_order(index, np.flatnonzero(wins & ~duplicate))
+    status = np.zeros(len(wins), np.int8)
+    status[wins] = visible.status(index.keys[wins], index.hashes[wins])
+    duplicate, gone = status == _DUPLICATE, status == _FORGOTTEN
+    order = _slice_order(index, np.flatnonzero(wins & ~duplicate & ~gone))
     starts = _cut(index.bytes[order], slice_documents, slice_text_bytes)
     slices = _name_slices(index, order, starts, spill.folder)
     target = np.full(len(wins), -1, np.int64)
@@ -279,11 +281,15 @@ def make_plan(
         target[order[start:end]] = number
     return Plan(
         documents_in=spill.documents_in,
-        judged=(*_judge_rejected(spill), *_judge_known(index, ~wins, duplicate)),
+        judged=(
+            *_judge_rejected(spill, visible),
+            *_judge_known(index, ~wins, duplicate),
+            *_judge_forgotten(index, gone, spill.folder),
+        ),
         slices=tuple(slices),
         target=target,
-        keys=index.keys[wins],
-        hashes=index.hashes[wins],
+        keys=index.keys[wins & ~gone],
+        hashes=index.hashes[wins & ~gone],
     )
 
 
@@ -346,11 +352,16 @@ def deal_out(spill: Spill, plan: Plan, finished: Collection[str] = ()) -> None:
             held, held_bytes = {}, 0
 
 
-def _judge_rejected(spill: Spill) -> Iterator[Judged]:
+def _judge_rejected(spill: Spill, visible: Visible) -> Iterator[Judged]:
     for number, path in enumerate(spill.rejected_files):
-        letters = DeadLetters(read_rows(path))
-        content = "\n".join(f"{row['reason']} {row['position']} {row['source']}" for row in letters.rows.to_pylist())
+        rows = read_rows(path)
+        content = "\n".join(f"{row['reason']} {row['position']} {row['source']}" for row in rows.to_pylist())
         name = f"rejected-{number:05d}-{_digest(content.encode())}"
+        letters = DeadLetters(refuse_letters(rows, visible, spill.salt))
+        if letters.rows is not rows:
+            path = path.with_suffix(".refused")
+            path.unlink(missing_ok=True)  # of an earlier plan of this run
+            append_rows(path, letters.rows)
         yield Judged(name, tuple(letters.tallies(documents_in=True)), path)
 
 
@@ -366,6 +377,16 @@ def _judge_known(index: Index, replaced: npt.NDArray[np.bool_], duplicate: npt.N
     ]
     digest = _digest(np.sort(index.keys[replaced | duplicate]).tobytes(), b"".join(one.to_bytes() for one in tallies))
     yield Judged(f"known-{digest}", tuple(tallies), None)
+
+
+def _judge_forgotten(index: Index, gone: npt.NDArray[np.bool_], folder: Path) -> Iterator[Judged]:
+    if not gone.any():
+        return
+    letters = DeadLetters(forgotten_rows(sorted(index.names[one] for one in index.windows[gone].tolist())))
+    path = folder / "forgotten"
+    path.unlink(missing_ok=True)
+    append_rows(path, letters.rows)
+    yield Judged(f"forgotten-{_digest(np.sort(index.keys[gone]).tobytes())}", tuple(letters.tallies(True)), path)
 
 
 def _pairs(starts: list[int]) -> list[tuple[int, int]]:

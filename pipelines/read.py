@@ -21,6 +21,7 @@ from pipelines import coders as _coders  # noqa: F401 - registers the elements' 
 from pipelines.plan import rejected_rows
 from pipelines.readers import Rejected, read_source
 from pipelines.records import DeadLetters, DocumentBatch, Tally, column, staged_rows
+from pipelines.refused import forgotten_keys, forgotten_rows
 from pipelines.sources import Source
 from schemas.document import Document, document_from_bytes
 
@@ -159,11 +160,12 @@ class ReadDocuments(beam.PTransform):
         )
         judged = newest.documents | "JudgeAndBatch" >> (
             beam.ParDo(_JudgeDoFn(self.bank, self.ingest_id))
-            .with_output_types(DocumentBatch, tallies=Tally)
-            .with_outputs("tallies", main="batches")
+            .with_output_types(DocumentBatch, dead_letters=DeadLetters, tallies=Tally)
+            .with_outputs("dead_letters", "tallies", main="batches")
         )
+        letters = (read.dead_letters, judged.dead_letters) | "ReadDeadLetters" >> beam.Flatten()
         tallies = (read.tallies, newest.tallies, judged.tallies) | "ReadTallies" >> beam.Flatten()
-        return Read(judged.batches, read.dead_letters, tallies)
+        return Read(judged.batches, letters, tallies)
 
 
 class _ReadSourceDoFn(beam.DoFn):
@@ -217,7 +219,7 @@ class _NewestDoFn(beam.DoFn):
 
 
 class _JudgeDoFn(beam.DoFn):
-    """New documents in batches; duplicates of what the bank shows are only counted."""
+    """New documents in batches; duplicates of what the bank shows are only counted, forgotten ones are refused."""
 
     def __init__(self, bank: Bank, ingest_id: str) -> None:
         self._bank, self._ingest_id = bank, ingest_id
@@ -248,7 +250,13 @@ class _JudgeDoFn(beam.DoFn):
         manifest = self._bank.manifest
         rows = staged_rows(self._held, manifest.salt, manifest.window_seconds)
         self._held, self._characters = [], 0
-        new, tallies = drop_duplicates(rows, self._visible)
+        gone = forgotten_keys(column(rows, "key").astype(np.int64), self._visible)
+        if gone.any():
+            letters = DeadLetters(forgotten_rows(rows["window"].filter(pa.array(gone)).to_pylist()))
+            yield pvalue.TaggedOutput("dead_letters", letters)
+            for seen in letters.tallies(documents_in=True):
+                yield pvalue.TaggedOutput("tallies", Tally(seen.window, documents_in=seen.documents_in))
+        new, tallies = drop_duplicates(rows.filter(pa.array(~gone)), self._visible)
         for tally in tallies:
             yield pvalue.TaggedOutput("tallies", tally)
         if new.num_rows:

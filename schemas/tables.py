@@ -18,6 +18,8 @@ UNDATED = "undated"
 FORGOTTEN = "forgotten"
 """Reason of the dead letters that stand for documents which were to be forgotten: they hold no text and no id."""
 
+FORGOTTEN_MESSAGE = "the bank was told to forget this document"
+
 DEAD_LETTER_REASONS = (
     "not_json",
     "not_utf8",

@@ -19,12 +19,11 @@ from mbc_core.bank.recheck import losses, read_rows
 from mbc_core.bank.rewrite import files_of
 from mbc_core.bank.statistics_files import without_candidates
 from mbc_core.bank.tombstones import Tombstones, load_tombstones, tombstone_files
-from schemas.tables import DEAD_LETTER, FORGOTTEN
+from schemas.tables import DEAD_LETTER, FORGOTTEN, FORGOTTEN_MESSAGE
 
 if TYPE_CHECKING:
     from mbc_core.bank.bank import Bank
 
-FORGOTTEN_MESSAGE = "the bank was told to forget this document"
 _TABLES = ("codes", "documents", "replay")
 
 
