@@ -35,7 +35,7 @@ from mbc_core.bank import (
 )
 from mbc_core.bank.codebooks import version_rows
 from mbc_core.bank.recheck import JudgedAt
-from mbc_core.errors import DamagedFile, MbcError, UsageError
+from mbc_core.errors import DamagedFile, LostRace, MbcError, UsageError
 from pipelines.graph import Job, Share, build_distributed, build_slice, options_of, run
 from pipelines.opening import Opened, job_of, open_bank
 from pipelines.options import IngestSettings, parse_arguments
@@ -50,6 +50,7 @@ from pipelines.staging import read_rows, staging_errors, staging_folder
 
 _LOCAL_RUNNERS = ("fnapirunner", "directrunner", "bundlebaseddirectrunner")
 _WHOLE = "all"
+_ATTEMPTS = 6
 
 
 def run_ingest(
@@ -208,16 +209,28 @@ class _SliceRunner:
             path = one.path.with_suffix(".batches")
             with staging_errors(path):
                 staged = StagedBatches.write(path, rows, self._settings.batch_documents)
-            try:
-                self._run_graph(one, staged, tallies)
-            except DamagedFile:
-                # Files that were not committed yet are gone: `mbc forget` found a document of its own in them.
-                self._run_graph(one, staged, tallies)
+            self._run_until_done(one, staged, tallies)
             staged.remove()
         else:
             write_slice(self._job.bank, self._begin(one.name), None, tallies)
         one.path.unlink()
         self._forget_folded()
+
+    def _run_until_done(self, one: Slice, staged: StagedBatches, tallies: Sequence[Tally]) -> None:
+        """Run the graph again when another process came between; at most a few times."""
+        for attempt in range(_ATTEMPTS):
+            if one.name in finished_slices(self._job.bank, self._chosen.ingest_id):
+                return  # by another process that runs the same command
+            try:
+                return self._run_graph(one, staged, tallies)
+            except LostRace:
+                if attempt == _ATTEMPTS - 1:
+                    raise
+                time.sleep(0.2 * 2**attempt)  # go on from the codebook version that the other run published
+            except DamagedFile:
+                # Files that were not committed yet are gone: `mbc forget` found a document of its own in them.
+                if attempt:
+                    raise
 
     def _run_graph(self, one: Slice, staged: StagedBatches, tallies: Sequence[Tally]) -> None:
         share = Share(self._begin(one.name), one.continues, self._replay_limits(one), self._chosen.judged)
