@@ -143,7 +143,7 @@ def prepare_command(
 @click.argument("prepared", type=_FOLDER)
 @click.option("--lexicon", "lexicon_file", type=_FILE, required=True, help="Lexicon whose entries stay.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="File: ….json or ….json.gz.")
-@click.option("--limit", type=click.IntRange(1), default=None, help="Count only so many training passages.")
+@click.option("--limit", type=click.IntRange(1), default=None, help="Count only so many passages, drawn evenly.")
 def word_code_command(prepared: Path, lexicon_file: Path, out: Path, limit: int | None) -> None:
     """Give the lexicon's entries the bits that suit the words which the passages of PREPARED keep.
 
@@ -159,8 +159,8 @@ def word_code_command(prepared: Path, lexicon_file: Path, out: Path, limit: int 
 
     data = load_prepared(prepared).split("train")
     if limit is not None:
-        data = data.take(np.arange(min(limit, len(data))))
+        data = data.take(np.sort(np.random.default_rng(0).permutation(len(data))[:limit]))
     before = Lexicon.load(lexicon_file)
     coded = train_word_code(data, before, say=_say)
     coded.save(out)
-    click.echo(json.dumps(write_card(out, before, coded, data)))
+    click.echo(json.dumps(write_card(out, lexicon_file, coded, data)))

@@ -80,8 +80,9 @@ def mean_bits(counts: NDArray[np.float64], lexicon: Lexicon) -> float:
     return float((counts * np.array(lexicon.bits, dtype=np.float64)).sum() / max(counts.sum(), 1.0))
 
 
-def write_card(out: Path, before: Lexicon, coded: Lexicon, data: Prepared) -> dict[str, object]:
-    """Write the card beside the lexicon's file; what the card of ``before`` says of its entries is not repeated."""
+def write_card(out: Path, before: Path, coded: Lexicon, data: Prepared) -> dict[str, object]:
+    """Write the card beside the file ``out``; ``before`` is the file whose entries, and card, it goes on from."""
+    entries = json.loads(card_path(before).read_text(encoding="utf-8")) if card_path(before).exists() else {}
     words = data.table["words"].to_pylist()
     scores = [np.asarray(one, dtype=np.float32) for one in data.table["scores"].to_pylist()]
     kept = {
@@ -97,7 +98,8 @@ def write_card(out: Path, before: Lexicon, coded: Lexicon, data: Prepared) -> di
         "entries": len(coded),
         "digest": coded.digest,
         "file_sha256": hashlib.sha256(out.read_bytes()).hexdigest(),
-        "entries_of": before.digest,
+        "entries_of": Lexicon.load(before).digest,
+        "entries_trained_on": entries.get("trained_on", entries.get("entries_trained_on", [])),
         "bits": {"shortest": min(coded.bits), "longest": max(coded.bits)},
         "counted_on": {"passages": len(data), **data.sources},
         "kept_by_budget": kept,
