@@ -133,7 +133,7 @@ def test_more_entries_than_codes_are_refused(tmp_path):
 
 def test_gzip_holds_plain_json():
     fields = json.loads(gzip.decompress(weights.path("lexicon.json.gz").read_bytes()))
-    assert fields["format"] == FORMATS[0]
+    assert fields["format"] == FORMATS[1]
 
 
 def test_bits_of_a_lexicon_are_part_of_it(tmp_path):
