@@ -39,6 +39,7 @@ from pipelines.plan import rejected_rows
 from pipelines.read import BATCH_CHARACTERS, BATCH_DOCUMENTS
 from pipelines.readers import Record, Rejected
 from pipelines.records import DeadLetters, DocumentBatch, EncodedBatch, stable_hash
+from pipelines.refused import forgotten_rows
 from pipelines.sink import REPLAY_PER_WINDOW
 from pipelines.stream_records import (
     KNOWN_ROWS,
@@ -120,7 +121,7 @@ class StreamIngest(beam.PTransform):
             >> (
                 beam.ParDo(_BatchDoFn(plan, self.life))
                 .with_output_types(DocumentBatch)
-                .with_outputs("known", main="new")
+                .with_outputs("settled", main="new")
             )
         )
         encoded = batches.new | "Encode" >> Encode(job.encoder, job.rule)
@@ -130,7 +131,7 @@ class StreamIngest(beam.PTransform):
         parts = [
             encoded.batches | "PartOfBatch" >> _part(_part_of_batch, job.shards),
             encoded.dead_letters | "PartOfDeadLetters" >> _part(_part_of_letters, job.shards),
-            _typed(batches.known),
+            _typed(batches.settled),
             _typed(stamped.rejected) | "WindowRejected" >> self._windows(),
             too_late | "WindowTooLate" >> self._windows(),
         ]
@@ -247,12 +248,17 @@ class _BatchDoFn(beam.DoFn):
         if not held:
             return
         rows = arrived_rows(held, self._manifest.salt, self._manifest.window_seconds)
-        known = self._latest.standing(keys_of(rows), hashes_of(rows), times_of(rows)) == Standing.DUPLICATE
-        if known.any():
-            shown = rows.filter(pa.array(known)).select(KNOWN_ROWS.names)
-            yield pvalue.TaggedOutput("known", (place[1], StreamPart(known=(shown,))))
-        if not known.all():
-            yield DocumentBatch(rows.filter(pa.array(~known)))
+        standing = self._latest.standing(keys_of(rows), hashes_of(rows), times_of(rows))
+        known, gone = standing == Standing.DUPLICATE, standing == Standing.FORGOTTEN
+        shown = rows.filter(pa.array(known)).select(KNOWN_ROWS.names)
+        refused = forgotten_rows(rows["window"].filter(pa.array(gone)).to_pylist())
+        part = StreamPart(
+            known=(shown,) if shown.num_rows else (), letters=(DeadLetters(refused),) if refused.num_rows else ()
+        )
+        if part.known or part.letters:
+            yield pvalue.TaggedOutput("settled", (place[1], part))
+        if not (known | gone).all():
+            yield DocumentBatch(rows.filter(pa.array(~(known | gone))))
 
 
 class _NamePaneDoFn(beam.DoFn):

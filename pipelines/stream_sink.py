@@ -19,17 +19,17 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from mbc_core.bank import PreparedFile, SliceId, begin_slice
-from mbc_core.bank.commit import last_version, settle
+from mbc_core.bank.commit import settle
 from mbc_core.bank.latest import LatestRevisions, Standing
 from mbc_core.bank.recheck import JudgedAt
-from mbc_core.bank.refuse import forgotten_letters
-from mbc_core.bank.tombstones import load_tombstones
-from mbc_core.errors import StorageError
+from mbc_core.errors import DamagedFile, StorageError
 from pipelines import sink
 from pipelines.plain import deal_by_key, quantize_batch, sum_statistics
-from pipelines.records import DEAD_LETTER_ROWS, CodeBatch, DeadLetters, EncodedBatch, Tally, by_window, column, concat
+from pipelines.records import CodeBatch, DeadLetters, EncodedBatch, Tally, by_window, column, concat
+from pipelines.refused import forgotten_rows, refuse_letters
 from pipelines.stream_codebook import LiveCodebooks
 from pipelines.stream_records import StreamPart, WindowPane, hashes_of, keys_of, times_of
+from schemas.tables import FORGOTTEN
 
 if TYPE_CHECKING:
     from pipelines.stream_graph import StreamPlan
@@ -123,15 +123,20 @@ class PaneCommitter:
             if self._unsettled:
                 settle(self._bank, self._plan.ingest_id)
                 self._unsettled = False
-            judged_at = JudgedAt(self.latest.refresh(), own=True)
-            last = last_version(self._bank, "codes", app_id)
+            shown = self.latest.refresh()
+            found = shown.transaction_version(app_id)
+            last = -1 if found is None else int(found)
             again = last >= pane and self._mine.get(window) != last
             judged = self._judge(window, part, again)
             if not judged:
                 return None
             slice_id = begin_slice(self._bank, self._plan.ingest_id, window, max(pane, last + 1))
             try:
-                written = self._write(slice_id, window, judged, judged_at)
+                written = self._write(slice_id, window, judged, JudgedAt(shown.version(), own=True))
+            except DamagedFile:
+                # Files that were not committed yet are gone: `mbc forget` found a document of its own in them.
+                self._doubt()
+                continue
             except BaseException:
                 self._doubt()
                 raise
@@ -164,8 +169,9 @@ class PaneCommitter:
         hashes = np.concatenate([np.zeros((0, 16), np.uint8), *(hashes_of(one) for one in rows)])
         wins = _newest(keys, times, hashes)
         standing = self.latest.standing(keys, hashes, times)
-        standing[len(keys) - sum(one.num_rows for one in part.known) :] = Standing.DUPLICATE
-        gone = wins & load_tombstones(self._bank).forgotten(keys)
+        shown = np.arange(len(keys)) >= len(keys) - sum(one.num_rows for one in part.known)
+        standing[shown & (standing != Standing.FORGOTTEN)] = Standing.DUPLICATE  # as it was when they came
+        gone = wins & (standing == Standing.FORGOTTEN)
         known = wins & ~gone & (standing == Standing.DUPLICATE)
         fresh = wins & ~gone & ~known & (standing != Standing.OLDER)
         batches, start = [], 0
@@ -239,10 +245,12 @@ class _StoredLetters:
         """
         if not letters:
             return None
+        plan = self.committer.plan
         rows = concat([one.rows for one in letters])
+        rows = refuse_letters(rows, self.committer.latest, plan.job.bank.manifest.salt)
         stored = self._load()
         known = [
-            name in stored and (again or row["position"] > 0 or not row["raw"])
+            name in stored and (again or row["position"] > 0 or not (row["raw"] or row["reason"] == FORGOTTEN))
             for name, row in zip(_letter_names(rows), rows.to_pylist(), strict=True)
         ]
         rows = rows.filter(pa.array([not one for one in known], pa.bool_()))
@@ -272,8 +280,7 @@ def _with_forgotten(letters: DeadLetters | None, window: str, count: int) -> Dea
     """Documents that the bank was told to forget are refused, and counted."""
     if not count:
         return letters
-    refused = forgotten_letters(count).to_pylist()
-    rows = pa.RecordBatch.from_pylist([{"window": window, **row} for row in refused], DEAD_LETTER_ROWS)
+    rows = forgotten_rows([window] * count)
     return DeadLetters(rows if letters is None else concat([letters.rows, rows]))
 
 

@@ -228,12 +228,6 @@ def is_committed(bank: Bank, table: str, app_id: str, version: int = 0) -> bool:
     return _is_committed(bank.table(table), app_id, version)
 
 
-def last_version(bank: Bank, table: str, app_id: str) -> int:
-    """The newest version that was committed to ``table`` under ``app_id``; -1 when none was."""
-    done = bank.table(table).transaction_version(app_id)
-    return -1 if done is None else int(done)
-
-
 def commit_slice(
     bank: Bank,
     rows: SliceRows,
