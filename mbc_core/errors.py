@@ -70,6 +70,10 @@ class StorageError(MbcError):
     """Storage refused: full, no permission, vanished, or lost a race too often."""
 
 
+class LostRace(StorageError):
+    """Another run made the same thing differently at the same moment: trying again goes on from what it made."""
+
+
 class ModelError(MbcError):
     """A model cannot be used as asked (missing projections, wrong width, missing weights)."""
 

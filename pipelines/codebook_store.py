@@ -50,7 +50,7 @@ class BankCodebooks:
 
     def chain(self) -> CodebookChain:
         """The bank's chain, without what an interrupted attempt at this slice published."""
-        return self.bank.codebooks(self.rule, resuming=self.slice_id.ingest_id)
+        return self.bank.codebooks(self.rule, resuming=self.slice_id.ingest_id, slice_name=self.slice_id.name)
 
     def recorded(self) -> Mapping[str, int]:
         """What this run's earlier slices (and panes) chose."""

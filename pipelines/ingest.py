@@ -347,7 +347,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """``python -m pipelines.ingest``: 0 done, 1 failed, 2 wrong use."""
     try:
         given = parse_arguments(sys.argv[1:] if argv is None else argv)
-        result = run_ingest(given.sources, given.bank, given.settings, beam_args=given.beam_args)
+        if given.streaming is None:
+            result = run_ingest(given.sources, given.bank, given.settings, beam_args=given.beam_args)
+        else:
+            from pipelines.streaming import stream
+
+            result = stream(given.sources, given.bank, given.settings, given.streaming, beam_args=given.beam_args)
     except MbcError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

@@ -220,14 +220,17 @@ class Bank:
             self._codebooks[version] = load_codebook(self, rows[version])
         return self._codebooks[version]
 
-    def codebooks(self, rule: UpdateRule | None = None, resuming: str | None = None) -> CodebookChain:
+    def codebooks(
+        self, rule: UpdateRule | None = None, resuming: str | None = None, slice_name: str | None = None
+    ) -> CodebookChain:
         """All codebook versions and the statistics that wait for the next one.
 
         Args:
             rule: when and how the next version is made; the default rule when None.
             resuming: an ingest id whose unfinished slice must decide as if it had published nothing yet.
+            slice_name: the slice of that ingest that asks; its own statistics do not wait.
         """
-        return self.steady(lambda: load_chain(self, rule, resuming), "ledger", "codebook_versions")
+        return self.steady(lambda: load_chain(self, rule, resuming, slice_name), "ledger", "codebook_versions")
 
     def visible(self, ignore_ingest: str | None = None) -> VisibleKeys:
         """The newest visible revision of every document, for judging what is new.

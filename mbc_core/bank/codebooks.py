@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from mbc_core.bank import parquet
 from mbc_core.bank.commit import check_ingest_id, commit_files, finished_slices, safe_name, write_rows
-from mbc_core.errors import DamagedFile, StorageError, UsageError
+from mbc_core.errors import DamagedFile, LostRace, UsageError
 from mbc_core.windows import window_order
 from schemas.manifest import Manifest
 from schemas.tables import CODEBOOK_VERSIONS, UNDATED
@@ -63,7 +63,7 @@ def register_codebook(
         True when registered now, False when this very codebook was registered before.
 
     Raises:
-        StorageError: another codebook was registered under this version.
+        LostRace: another codebook was registered under this version.
         UsageError: the codebook does not fit the bank.
     """
     check_codebook(bank.manifest, codebook)
@@ -89,7 +89,7 @@ def register_codebook(
     winner = version_rows(bank)[codebook.version]
     if winner["digest"] != codebook.digest:
         again = (winner["ingest_id"], winner["slice"]) == (ingest_id, slice_name)
-        raise StorageError(
+        raise LostRace(
             f"codebook version {codebook.version} was published by another run meanwhile",
             value=f"{winner['digest'][:12]}… by ingest {winner['ingest_id'] or 'of the bank itself'}",
             cause="two runs that update the codebook write to this bank at the same time, or did when one died",
@@ -137,22 +137,26 @@ def load_codebook(bank: Bank, row: dict[str, Any]) -> Codebook:
     return codebook
 
 
-def load_chain(bank: Bank, rule: UpdateRule | None, resuming: str | None) -> CodebookChain:
+def load_chain(
+    bank: Bank, rule: UpdateRule | None, resuming: str | None, slice_name: str | None = None
+) -> CodebookChain:
     """The chain of versions with the statistics that wait for the next publication.
 
     Args:
         resuming: an ingest id: versions published by slices of this ingest that were not finished are left out
             while nothing was built on them, so that the rerun decides (and publishes) exactly as the first time.
+        slice_name: a slice of that ingest that is about to gather its statistics: if another process that runs the
+            same ingest has committed them already, they are left out, so that they do not count twice.
     """
     from mbc_core.codebook.chain import CodebookChain
 
+    own = None if resuming is None or slice_name is None else _statistics_prefix(resuming, slice_name)
     rows = list(version_rows(bank).values())
     if resuming is not None:
         rows = _before_unfinished(bank, rows, resuming)
     versions = [bank.codebook(row["version"]) for row in rows]
-    return CodebookChain(
-        versions, load_pending(bank, versions[-1].last_window), window_seconds=bank.manifest.window_seconds, rule=rule
-    )
+    pending = load_pending(bank, versions[-1].last_window, own)
+    return CodebookChain(versions, pending, window_seconds=bank.manifest.window_seconds, rule=rule)
 
 
 def _before_unfinished(bank: Bank, rows: list[dict[str, Any]], ingest_id: str) -> list[dict[str, Any]]:
@@ -185,22 +189,30 @@ def save_statistics(bank: Bank, ingest_id: str, slice_name: str, window: str, st
         Path below the bank's root, for the ledger's column ``statistics``.
     """
     data = statistics.to_bytes()
-    name = f"{safe_name(slice_name)}-{safe_name(window)}-{parquet.digest(data)}.safetensors"
-    path = f"{PENDING}/{check_ingest_id(ingest_id)}/{name}"
+    path = f"{_statistics_prefix(ingest_id, slice_name)}{safe_name(window)}-{parquet.digest(data)}.safetensors"
     bank.storage.write_new(path, data)
     return path
 
 
-def load_pending(bank: Bank, last_window: str | None) -> list[tuple[str, BatchStatistics]]:
+def _statistics_prefix(ingest_id: str, slice_name: str) -> str:
+    return f"{PENDING}/{check_ingest_id(ingest_id)}/{safe_name(slice_name)}-"
+
+
+def load_pending(
+    bank: Bank, last_window: str | None, leave_out: str | None = None
+) -> list[tuple[str, BatchStatistics]]:
     """(window, statistics) of every committed slice whose window no codebook version has taken in, in window order.
 
     Args:
         last_window: newest window of the head; None takes all.
+        leave_out: start of the paths that do not count; None takes all.
     """
     from mbc_core.codebook.statistics import BatchStatistics
 
     found = []
     for window, path in _statistics_paths(bank, lambda window: not _is_folded(window, last_window)):
+        if leave_out is not None and path.startswith(leave_out):
+            continue
         data = bank.storage.read_bytes(path)
         where = bank.storage.locate(path)
         parquet.check_digest(data, path.removesuffix(".safetensors").rsplit("-", 1)[-1], where)
