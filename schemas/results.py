@@ -94,10 +94,11 @@ class InspectResult(TypedDict):
 
 
 class VerifiedInspectResult(InspectResult):
-    """``mbc inspect --verify``."""
+    """``mbc inspect --verify``: what is wrong, a line each, and what is worth knowing and no fault."""
 
     ok: bool
     problems: list[str]
+    information: list[str]
 
 
 class EvalRow(TypedDict):

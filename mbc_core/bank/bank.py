@@ -20,6 +20,7 @@ from deltalake import CommitProperties, DeltaTable
 from deltalake.exceptions import DeltaError, TableNotFoundError
 
 from mbc_core.bank import export, inspect, parquet
+from mbc_core.bank import verify as verification
 from mbc_core.bank.codebooks import check_codebook, load_chain, load_codebook, register_codebook, version_rows
 from mbc_core.bank.commit import COMPACTED, ingest_of
 from mbc_core.bank.storage import Storage, as_storage_error, is_refusal, plain_cause
@@ -318,7 +319,7 @@ class Bank:
 
     def inspect(self, verify: bool = False) -> InspectResult | VerifiedInspectResult:
         """What ``mbc inspect --json`` prints; with ``verify`` every file, digest, count and link is checked."""
-        return inspect.verify(self) if verify else inspect.inspect(self)
+        return verification.verify(self) if verify else inspect.inspect(self)
 
     def forget(self, doc_ids: Iterable[str], say: Callable[[str], None] | None = None) -> ForgetResult:
         """Remove documents for good; see :func:`mbc_core.bank.forget.forget`."""

@@ -92,4 +92,6 @@ def _show(uri: str, found: Mapping[str, Any]) -> None:
     if "ok" in found:
         for problem in found["problems"]:
             console.print(f"problem: {problem}", markup=False)
+        for line in found["information"]:
+            console.print(f"note: {line}", markup=False)
         console.print("verified: every file matches its digest and the counts add up" if found["ok"] else "NOT ok")

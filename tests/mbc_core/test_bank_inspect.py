@@ -12,7 +12,7 @@ from bank_rows import ADDRESS, CODEWORDS, SLOTS, WORDS, make_bank, make_slice, n
 
 from mbc_core.adapters import AdapterRegistry
 from mbc_core.bank import Bank, begin_slice, commit_slice, write_slice_rows
-from mbc_core.bank.inspect import unreferenced_files
+from mbc_core.bank.sweep import unreferenced
 from mbc_core.errors import StorageError, UsageError
 from schemas import results
 
@@ -88,10 +88,13 @@ def test_dead_letters_of_an_attempt_that_died_do_not_count(bank):
 
 
 def test_files_that_no_log_names_are_listed_but_do_no_harm(bank):
-    assert unreferenced_files(bank) == []
+    assert unreferenced(bank) == []
     file = write_slice_rows(bank, "codes", make_slice("x", "0", numbered(9, 1)).codes, begin_slice(bank, "x", "0"))
-    assert unreferenced_files(bank) == [f"codes/{file.path}"]
-    assert bank.inspect(verify=True)["ok"]
+    assert [one.path for one in unreferenced(bank)] == [f"codes/{file.path}"]
+    found = bank.inspect(verify=True)
+    assert (found["ok"], found["problems"]) == (True, [])
+    assert f"1 files of {file.size} bytes belong to nothing" in found["information"][-1]
+    assert f"codes/{file.path}" in found["information"][-1]
 
 
 def test_the_live_adapter_is_named(bank):

@@ -60,6 +60,7 @@ def attempt(request: dict, marks: int, results: int) -> None:
 
 def serve(request: dict, log: int) -> dict:
     """Fork, watch, kill when the moment comes."""
+    settings(Path(request["work"]))  # the encoder's files are there before anything can die
     marks_in, marks_out = os.pipe()
     results_in, results_out = os.pipe()
     child = os.fork()
