@@ -410,16 +410,19 @@ def _continued(bank: Bank, rows: SliceRows, ingest_id: str, name: str, pane: int
     for added_at in sorted(moments):
         slice_id = SliceId(ingest_id, name, pane, added_at)
         given = {"replay": rows.replay, "documents": rows.documents, "dead_letter": rows.dead_letters}
-        if all(_same_file(stored[table], table, given[table], slice_id) for table in PREPARATORY):
+        if all(_same_file(bank, stored[table], table, given[table], slice_id) for table in PREPARATORY):
             return slice_id
     return None
 
 
-def _same_file(stored: set[str], table: str, rows: Rows, slice_id: SliceId) -> bool:
-    """Whether nothing of this attempt is in the log of ``table``, or exactly the file these rows make."""
+def _same_file(bank: Bank, stored: set[str], table: str, rows: Rows, slice_id: SliceId) -> bool:
+    """Whether nothing of this attempt was committed to ``table``, or exactly the file these rows make.
+
+    What was committed and is not there under its name was compacted since, or partly forgotten.
+    """
     mine = {path for path in stored if path.startswith(slice_id.stem())}
     if not mine:
-        return True
+        return not is_committed(bank, table, slice_id.app_id(table), slice_id.pane)
     if not isinstance(rows, pa.Table) or not rows.num_rows:
         return False
     data = parquet.to_bytes(table, parquet.conform(table, stamped(table, rows, slice_id.added_at)))

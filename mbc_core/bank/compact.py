@@ -8,7 +8,7 @@ Killed at any moment and run again, it goes on from what it finds.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -177,9 +177,9 @@ class _Step:
 
 def _compact_table(bank: Bank, table: str, rule: Callable[[], Dropped] | None, work: _Work) -> None:
     """Commit after commit until nothing is left to merge or drop."""
-    lost = 0
+    lost, fresh = 0, set[str]()
     while lost < _ATTEMPTS:
-        step = bank.steady(lambda: _next_step(bank, table, rule), table, "codes")
+        step = bank.steady(lambda: _next_step(bank, table, rule, fresh), table, "codes")
         if step is None:
             return
         shards = _write_shards(bank, table, pa.concat_tables(step.kept))
@@ -188,6 +188,7 @@ def _compact_table(bank: Bank, table: str, rule: Callable[[], Dropped] | None, w
             _count(work, table, step, len(shards))
             for path in step.files:
                 bank.storage.delete(f"{table}/{path}")
+            fresh.update(one.path for one in shards)
             lost = 0
             continue
         for path in [f"{table}/{one.path}" for one in shards] + ([note] if note else []):
@@ -197,11 +198,12 @@ def _compact_table(bank: Bank, table: str, rule: Callable[[], Dropped] | None, w
     raise lost_race(bank, table)
 
 
-def _next_step(bank: Bank, table: str, rule: Callable[[], Dropped] | None) -> _Step | None:
+def _next_step(bank: Bank, table: str, rule: Callable[[], Dropped] | None, fresh: set[str]) -> _Step | None:
+    """What to do next; ``fresh`` files were written just now and are left alone."""
     seen = bank.table(table)
     files = files_of(seen)
     dropped = None if rule is None else rule()
-    chosen = _choose(bank, table, files, dropped)
+    chosen = _choose(bank, table, files.keys() - fresh, dropped)
     rows = [bank.read_file(table, path) for path in chosen]
     kept = [part if dropped is None else part.filter(pa.array(~dropped(part))) for part in rows]
     return _Step(seen, {path: files[path] for path in chosen}, rows, kept) if chosen else None
@@ -213,7 +215,7 @@ def _count(work: _Work, table: str, step: _Step, shards: int) -> None:
     work.dropped[table] = work.dropped.get(table, 0) + gone
 
 
-def _choose(bank: Bank, table: str, files: dict[str, int], dropped: Dropped | None) -> list[str]:
+def _choose(bank: Bank, table: str, files: Set[str], dropped: Dropped | None) -> list[str]:
     """Files to replace in the next commit: small ones when there are two or more, and those with rows that go."""
     columns = [name for name in ("key", "ingest_id", "added_at") if name in _columns(table)]
     small, dirty, sizes = [], [], {}
