@@ -143,7 +143,11 @@ class CodebookChain:
         result = update(self.head, pending, self.rule, self.pending_windows)
         self._versions.append(result.codebook)
         self._pending, self._pending_windows = None, set()
-        self._status = f"published version {result.codebook.version} from {result.vectors} vectors"
+        self._status = f"published version {result.codebook.version} from {result.vectors} vectors; " + (
+            f"its words went {result.step.share:.0%} of the way to their new means"
+            if result.step.share
+            else "its words stay: held-out passages would not be found better"
+        )
         return result
 
     def _gather(self, window: str, statistics: BatchStatistics) -> BatchStatistics | None:

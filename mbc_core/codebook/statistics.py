@@ -12,71 +12,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mbc_core.codebook.files import Codebook, Tensors, damaged, read_tensors, write_tensors
+from mbc_core.codebook.samples import (
+    FIXED_POINT,
+    PROBES,
+    SAMPLE_SIZE,
+    Candidates,
+    Int64,
+    Probes,
+    fixed_point,
+    slot_hashes,
+    sums_by_code,
+)
 from mbc_core.codes import Float32, check_array
 from mbc_core.errors import UsageError
-
-SAMPLE_SIZE = 4096
-"""Vectors kept as reset candidates."""
-
-FIXED_POINT = float(1 << 28)
-"""Sums count in units of 2^-28: finer than float32 at the size of a slot vector's elements."""
 
 _FORMAT = "mbc-statistics/1"
 _LARGEST_ELEMENT = 1024.0
 _LARGEST_SUM = 1 << 62
-
-Int64 = NDArray[np.int64]
-UInt64 = NDArray[np.uint64]
-
-
-@dataclass(frozen=True, eq=False)
-class Candidates:
-    """Vectors a reset may use: the ``limit`` smallest of a hash, a uniform sample that merges in any order.
-
-    Attributes:
-        limit: most vectors kept.
-        hashes: uint64 [s], ascending.
-        keys: int64 [s]: key of the document each vector came from.
-        vectors: float32 [s, d_c].
-    """
-
-    limit: int
-    hashes: UInt64
-    keys: Int64
-    vectors: Float32
-
-    @classmethod
-    def of(cls, limit: int, seed: int, vectors: Float32, keys: Int64, passages: NDArray[np.int32]) -> Candidates:
-        """Sample slot vectors [n, T, d_c] of passages ``passages`` [n] of documents ``keys`` [n]."""
-        count, slots, width = vectors.shape
-        flat = np.ascontiguousarray(vectors.reshape(-1, width))
-        hashes: UInt64 = _mix(np.full(count * slots, seed & 0xFFFF_FFFF_FFFF_FFFF, dtype=np.uint64))
-        for part in (np.repeat(keys, slots), np.repeat(passages, slots), np.tile(np.arange(slots), count)):
-            hashes = _mix(hashes ^ part.astype(np.int64).view(np.uint64))
-        # The vector itself is hashed too: equal hashes then mean equal candidates, and order cannot matter.
-        for column in flat.view(np.uint32).T:
-            hashes = _mix(hashes ^ column.astype(np.uint64))
-        return cls(limit, hashes, np.repeat(keys, slots), flat)._smallest()
-
-    def __add__(self, other: Candidates) -> Candidates:
-        return Candidates(
-            self.limit,
-            np.concatenate([self.hashes, other.hashes]),
-            np.concatenate([self.keys, other.keys]),
-            np.concatenate([self.vectors, other.vectors]),
-        )._smallest()
-
-    def without(self, keys: Int64) -> Candidates:
-        """The same sample less the vectors of some documents, such as forgotten ones."""
-        stay = np.isin(self.keys, keys, invert=True)
-        return Candidates(self.limit, self.hashes[stay], self.keys[stay], self.vectors[stay])
-
-    def _smallest(self) -> Candidates:
-        chosen = np.arange(len(self.hashes))
-        if len(chosen) > self.limit:
-            chosen = np.argpartition(self.hashes, self.limit - 1)[: self.limit]
-        chosen = chosen[np.argsort(self.hashes[chosen])]
-        return Candidates(self.limit, self.hashes[chosen], self.keys[chosen], self.vectors[chosen])
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,6 +44,7 @@ class BatchStatistics:
         error_sum: Σ ‖z − E_c‖² in units of 2^-28.
         energy_sum: Σ ‖z‖² in units of 2^-28.
         candidates: sample of the vectors, for resets.
+        probes: sample of whole passages, to judge an update with.
     """
 
     codebook_version: int
@@ -99,6 +52,7 @@ class BatchStatistics:
     counts: Int64
     sums: Int64
     candidates: Candidates
+    probes: Probes
     vectors: int = 0
     error_sum: int = 0
     energy_sum: int = 0
@@ -111,7 +65,8 @@ class BatchStatistics:
         nothing = Candidates(
             sample_size, np.zeros(0, np.uint64), np.zeros(0, np.int64), np.zeros((0, width), np.float32)
         )
-        return cls(codebook_version, seed, np.zeros(size, np.int64), np.zeros((size, width), np.int64), nothing)
+        counts, sums = np.zeros(size, np.int64), np.zeros((size, width), np.int64)
+        return cls(codebook_version, seed, counts, sums, nothing, Probes.none(PROBES, width))
 
     @classmethod
     def of(
@@ -144,13 +99,14 @@ class BatchStatistics:
         flat, flat_codes = vectors.reshape(-1, codebook.width), codes.ravel().astype(np.int64)
         _require_small(flat)
         _require_known(flat_codes, codebook)
-        fixed = np.rint(flat.astype(np.float64) * FIXED_POINT).astype(np.int64)
+        hashes = slot_hashes(seed, vectors, keys, passages)
         return cls(
             codebook_version=codebook.version,
             seed=seed,
             counts=np.bincount(flat_codes, minlength=codebook.size).astype(np.int64),
-            sums=_sums_by_code(fixed, flat_codes, codebook.size),
-            candidates=Candidates.of(sample_size, seed, vectors, keys, passages),
+            sums=sums_by_code(fixed_point(flat), flat_codes, codebook.size),
+            candidates=Candidates.of(sample_size, hashes, vectors, keys),
+            probes=Probes.of(PROBES, hashes, vectors, codes, keys),
             vectors=len(flat),
             error_sum=_squares(flat.astype(np.float64) - codebook.codewords[flat_codes]),
             energy_sum=_squares(flat.astype(np.float64)),
@@ -182,6 +138,7 @@ class BatchStatistics:
             counts=self.counts + other.counts,
             sums=sums,
             candidates=self.candidates + other.candidates,
+            probes=self.probes + other.probes,
             vectors=self.vectors + other.vectors,
             error_sum=self.error_sum + other.error_sum,
             energy_sum=self.energy_sum + other.energy_sum,
@@ -208,11 +165,12 @@ class BatchStatistics:
             codebook_version=head.version,
             counts=np.where(stays, self.counts, 0),
             sums=np.where(stays[:, None], self.sums, 0),
+            probes=self.probes.forget_codes(~stays),
         )
 
     def without_documents(self, keys: Int64) -> BatchStatistics:
-        """The same statistics with no candidate vector of these documents (sums name no document and stay)."""
-        return replace(self, candidates=self.candidates.without(keys))
+        """The same statistics with no vector of these documents (sums name no document and stay)."""
+        return replace(self, candidates=self.candidates.without(keys), probes=self.probes.without(keys))
 
     def to_bytes(self) -> bytes:
         """safetensors bytes; equal statistics give equal bytes."""
@@ -222,6 +180,10 @@ class BatchStatistics:
             "candidate_hashes": self.candidates.hashes,
             "candidate_keys": self.candidates.keys,
             "candidate_vectors": self.candidates.vectors,
+            "probe_hashes": self.probes.hashes,
+            "probe_keys": self.probes.keys,
+            "probe_vectors": self.probes.vectors,
+            "probe_codes": self.probes.codes,
         }
         numbers = {name: getattr(self, name) for name in _NUMBERS} | {"sample_size": self.candidates.limit}
         return write_tensors(tensors, {"format": _FORMAT, **numbers})
@@ -242,7 +204,11 @@ class BatchStatistics:
                 tensors["candidate_vectors"],
             )
             numbers = {name: int(metadata[name]) for name in _NUMBERS}
-            found = cls(counts=tensors["counts"], sums=tensors["sums"], candidates=candidates, **numbers)
+            sums = tensors["sums"]
+            probes = Probes.none(PROBES, sums.shape[1])
+            if "probe_hashes" in tensors:  # statistics of release 0.1.0 have none
+                probes = Probes(PROBES, *(tensors[f"probe_{name}"] for name in ("hashes", "keys", "vectors", "codes")))
+            found = cls(counts=tensors["counts"], sums=sums, candidates=candidates, probes=probes, **numbers)
             found._check()
             return found
         except (KeyError, TypeError, ValueError, UsageError) as error:
@@ -259,34 +225,19 @@ class BatchStatistics:
         check_array("the candidates' hashes", self.candidates.hashes, (kept,), np.uint64)
         check_array("the candidates' keys", self.candidates.keys, (kept,), np.int64)
         check_array("the candidates' vectors", self.candidates.vectors, (kept, width), np.float32)
+        probes = len(self.probes)
+        check_array("the probes' hashes", self.probes.hashes, (probes,), np.uint64)
+        check_array("the probes' keys", self.probes.keys, (probes,), np.int64)
+        check_array("the probes' vectors", self.probes.vectors, (probes, None, width), np.float32)
+        check_array("the probes' codes", self.probes.codes, self.probes.vectors.shape[:2], np.uint16)
 
 
 _NUMBERS = ("codebook_version", "seed", "vectors", "error_sum", "energy_sum")
 
 
-def _mix(values: UInt64) -> UInt64:
-    """One round of SplitMix64: spreads 64 bits over 64 bits, one to one."""
-    with np.errstate(over="ignore"):
-        mixed = values + np.uint64(0x9E37_79B9_7F4A_7C15)
-        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58_476D_1CE4_E5B9)
-        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D0_49BB_1331_11EB)
-        spread: UInt64 = mixed ^ (mixed >> np.uint64(31))
-        return spread
-
-
 def _squares(rows: NDArray[np.float64]) -> int:
     """Σ of squared elements in units of 2^-28, each rounded before the sum."""
     return int(np.rint(rows * rows * FIXED_POINT).astype(np.int64).sum())
-
-
-def _sums_by_code(fixed: Int64, codes: Int64, size: int) -> Int64:
-    """Σ of rows [m, d_c] by code → int64 [K, d_c]."""
-    sums = np.zeros((size, fixed.shape[1]), dtype=np.int64)
-    order = np.argsort(codes, kind="stable")
-    present, starts = np.unique(codes[order], return_index=True)
-    if len(present):
-        sums[present] = np.add.reduceat(fixed[order], starts, axis=0)
-    return sums
 
 
 def _require_small(rows: Float32) -> None:

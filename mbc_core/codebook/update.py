@@ -1,7 +1,8 @@
-"""One codebook version → the next: decay, add, divide, and give dead codes a new word. All once, after merging.
+"""One codebook version → the next: decay, add, divide, judge, and give dead codes a new word. All once, after merging.
 
 Written with the symbols of the paper's family of algorithms: N_k is the decayed count of a code, m_k the decayed
-sum of its vectors, and its codeword is m_k / N_k.
+sum of its vectors, and m_k / N_k the mean that its codeword moves to. How much of the way it goes is chosen by recall
+(``mbc_core.codebook.judge``): the mean always has the lower error, and not always the better recall.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mbc_core.codebook.files import Codebook
-from mbc_core.codebook.statistics import FIXED_POINT, BatchStatistics, Candidates
+from mbc_core.codebook.judge import Step, choose_step, moved
+from mbc_core.codebook.samples import FIXED_POINT, Candidates, Probes
+from mbc_core.codebook.statistics import BatchStatistics
 from mbc_core.codes import Float32, Float64, exact_squared_distances
 from mbc_core.errors import UsageError
 from mbc_core.windows import window_order
@@ -22,6 +25,7 @@ from mbc_core.windows import window_order
 _SMALLEST_COUNT = 1e-6
 _DECAY_DIGITS = 12
 _FEWEST_IN_POOL = 5
+_HELD_OUT_ONE_IN = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,23 +33,30 @@ class UpdateRule:
     """When a version is published and how strongly new vectors move it.
 
     Attributes:
-        tau: τ, vectors after which an old vector's weight has fallen to 1/e.
+        tau: τ, vectors after which an old vector's weight has fallen to 1/e; 500,000 are 20,000 passages at T = 24.
         dead_share: a code is dead when N_k is below this share of the mean count.
         min_vectors: vectors that must have gathered before a version is published; 20 · K.
         growth: and at least this share of all vectors seen so far, so that versions thin out as a bank grows:
             64 versions reach 27,000 passages at ``growth`` 0 and millions at 0.1 (T = 24).
         reset_pool: candidates, each of another document, whose mean becomes a reset codeword.
+        anchor: most vectors that the head's own evidence counts for. It holds the words where they are, version 0's
+            above all; without a limit, version 0 would outweigh years of a small bank's documents.
+        judged: move the words only as far as recall of held-out passages gains; False moves them to the new means,
+            which a narrow stream can make worse than standing still.
     """
 
-    tau: float = 2_000_000.0
+    tau: float = 500_000.0
     dead_share: float = 0.02
     min_vectors: int = 20 * 512
     growth: float = 0.1
     reset_pool: int = 5
+    anchor: float = 500_000.0
+    judged: bool = True
 
     def __post_init__(self) -> None:
         problems = {
             "tau": not (math.isfinite(self.tau) and self.tau > 0),
+            "anchor": not (math.isfinite(self.anchor) and self.anchor > 0),
             "dead_share": not 0 <= self.dead_share < 1,
             "min_vectors": self.min_vectors < 1,
             "growth": not self.growth >= 0,
@@ -56,7 +67,7 @@ class UpdateRule:
             raise UsageError(
                 "the update rule is impossible",
                 value={name: getattr(self, name) for name in wrong},
-                cause="tau and min_vectors are positive, dead_share is in [0, 1), growth is not negative, and "
+                cause="tau, anchor and min_vectors are positive, dead_share is in [0, 1), growth is not negative, and "
                 f"reset_pool is at least {_FEWEST_IN_POOL} so that no codeword is one document's vector",
                 fix="correct the value",
             )
@@ -78,6 +89,7 @@ class CodebookUpdate:
         error: Σ ‖z − E_c‖² / Σ ‖z‖² under the codebook the vectors were quantized with.
         resets: dead codes that got a new word.
         starved: dead codes that kept their old word, for want of candidates from enough documents.
+        step: how far the words went, and what recall of held-out passages gained by it.
     """
 
     codebook: Codebook
@@ -87,14 +99,16 @@ class CodebookUpdate:
     error: float
     resets: int
     starved: int
+    step: Step
 
 
 def update(head: Codebook, statistics: BatchStatistics, rule: UpdateRule, windows: Collection[str]) -> CodebookUpdate:
     """Make the version after ``head``.
 
     N_k ← λ N_k + w n_k and m_k ← λ m_k + w s_k with λ = exp(−n/τ) and w = (1 − λ) τ / n for n new vectors: the
-    total count rests at τ, and cutting the same vectors into other windows changes nothing to speak of.
-    Then every dead code's codeword, count and sum are replaced together.
+    total count rests at τ, and cutting the same vectors into other windows changes nothing to speak of. The words go
+    the judged share of the way to m_k / N_k; the evidence in N and m is kept whole, so a step not taken now can be
+    taken later. Then every dead code's codeword, count and sum are replaced together.
 
     Args:
         statistics: gathered under ``head`` or an older version; codes reset since then are left out.
@@ -112,11 +126,11 @@ def update(head: Codebook, statistics: BatchStatistics, rule: UpdateRule, window
             fix="update after vectors have gathered",
         )
     carried = statistics.carried_to(head)
-    decay = round(math.exp(-vectors / rule.tau), _DECAY_DIGITS)  # libraries differ in exp's last digit
-    weight = (1.0 - decay) * rule.tau / vectors
-    count = decay * head.count + weight * carried.counts
-    total = decay * head.sum + weight * (carried.sums / FIXED_POINT)
-    codewords = _divide(head.codewords, count, total)
+    held = _held_out(carried) if rule.judged else carried.probes.smallest(0)
+    count, total = _evidence(head, carried, held, rule)
+    means = _divide(head.codewords, count, total)
+    step = choose_step(head.codewords, means, held.vectors) if rule.judged else Step(1.0, 0.0)
+    codewords = moved(head.codewords, means, step.share).copy()
     mean = math.fsum(count) / head.size
     dead = np.flatnonzero(count < rule.dead_share * mean)
     reset_at = head.reset_at.copy()
@@ -145,7 +159,27 @@ def update(head: Codebook, statistics: BatchStatistics, rule: UpdateRule, window
         error=carried.error_sum / max(carried.energy_sum, 1),
         resets=len(given),
         starved=len(dead) - len(given),
+        step=step,
     )
+
+
+def _held_out(statistics: BatchStatistics) -> Probes:
+    """The probes that judge the update: never more than one passage in eight, so that enough is left to learn from."""
+    probes = statistics.probes
+    passages = statistics.vectors // max(1, probes.vectors.shape[1])
+    return probes.smallest(min(len(probes), passages // _HELD_OUT_ONE_IN))
+
+
+def _evidence(head: Codebook, carried: BatchStatistics, held: Probes, rule: UpdateRule) -> tuple[Float64, Float64]:
+    """N [K] and m [K, d_c] after the update, without the held-out passages."""
+    held_counts, held_sums = held.sums(head.size)
+    vectors = carried.vectors - held.vectors.shape[0] * held.vectors.shape[1]
+    decay = round(math.exp(-vectors / rule.tau), _DECAY_DIGITS)  # libraries differ in exp's last digit
+    weight = (1.0 - decay) * rule.tau / vectors
+    kept = decay * min(1.0, rule.anchor / math.fsum(head.count))
+    count = kept * head.count + weight * (carried.counts - held_counts)
+    total = kept * head.sum + weight * ((carried.sums - held_sums) / FIXED_POINT)
+    return count, total
 
 
 def perplexity(counts: NDArray[np.int64]) -> float:

@@ -22,7 +22,7 @@ from mbc_core.codebook.update import CodebookUpdate, UpdateRule, update
 from mbc_core.codes import quantize
 from mbc_core.errors import DamagedFile, StorageError, UsageError
 
-RULE = UpdateRule(tau=10_000.0, min_vectors=SLOTS * 10, growth=0.0)
+RULE = UpdateRule(tau=10_000.0, min_vectors=SLOTS * 10, growth=0.0, judged=False)
 
 
 @pytest.fixture

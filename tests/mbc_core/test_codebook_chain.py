@@ -15,7 +15,7 @@ from mbc_core.codes import Rotation, quantize, to_slots
 from mbc_core.errors import UsageError
 from mbc_core.windows import window_order, window_start
 
-EVERY_WINDOW = UpdateRule(tau=500.0, dead_share=0.05, min_vectors=1, growth=0)
+EVERY_WINDOW = UpdateRule(tau=500.0, dead_share=0.05, min_vectors=1, growth=0, judged=False)
 ROTATION = Rotation.random(32, seed=1)
 VECTORS = to_slots(topical_embeddings(400, 32), ROTATION, 4)
 BOOK = codebook_of(VECTORS, 12)
@@ -48,7 +48,7 @@ def test_a_window_uses_the_newest_version_built_from_windows_two_before_it():
     assert feed(chain, [day(number) for number in range(1, 7)]) == [0, 0, 1, 2, 3, 4]
     assert [book.last_window for book in chain.versions] == [None, *(day(number) for number in range(1, 7))]
     assert [book.built_from for book in chain.versions[1:3]] == [(day(1),), (day(2),)]
-    assert chain.status == "published version 6 from 40 vectors"
+    assert chain.status == "published version 6 from 40 vectors; its words went 100% of the way to their new means"
 
 
 def test_gaps_count_in_calendar_time():
@@ -127,7 +127,9 @@ def test_a_last_slice_without_vectors_still_ends_its_window():
 
 
 def test_at_most_64_versions_then_publishing_waits_and_says_so():
-    chain = CodebookChain([BOOK], rule=UpdateRule(tau=500.0, min_vectors=1, growth=0), window_seconds=3600)
+    chain = CodebookChain(
+        [BOOK], rule=UpdateRule(tau=500.0, min_vectors=1, growth=0, judged=False), window_seconds=3600
+    )
     hours = [f"2024-07-{1 + hour // 24:02}T{hour % 24:02}:00:00Z" for hour in range(70)]
     published = [chain.add(window, gathered(chain, window, range(3))) is not None for window in hours]
     assert published == [True] * 63 + [False] * 7
@@ -145,7 +147,7 @@ def test_at_most_64_versions_then_publishing_waits_and_says_so():
 )
 def test_stopping_anywhere_and_going_on_gives_equal_bytes(days, min_vectors, stops):
     """Versions and pending statistics go through bytes, as they do in a bank, and nothing changes."""
-    rule = UpdateRule(tau=500.0, dead_share=0.05, min_vectors=min_vectors, growth=0)
+    rule = UpdateRule(tau=500.0, dead_share=0.05, min_vectors=min_vectors, growth=0, judged=False)
     straight, resumed = (CodebookChain([BOOK], rule=rule) for _ in range(2))
     stored: list[tuple[str, bytes]] = []
     for position, number in enumerate(days):
@@ -180,7 +182,7 @@ def test_pending_statistics_gathered_under_an_older_version_drop_codes_reset_sin
     far = BOOK.codewords.copy()
     far[5] = 100.0
     start = type(BOOK).first(far, np.full(12, 20.0))
-    chain = CodebookChain([start], rule=UpdateRule(tau=100.0, dead_share=0.05, min_vectors=1, growth=0))
+    chain = CodebookChain([start], rule=UpdateRule(tau=100.0, dead_share=0.05, min_vectors=1, growth=0, judged=False))
     first = chain.add(day(1), gathered(chain, day(1), range(100)))
     assert first.resets == 1
     assert chain.head.reset_at[5] == 1

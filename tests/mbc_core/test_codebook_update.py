@@ -38,7 +38,7 @@ def statistics(book: Codebook, vectors=VECTORS, codes=CODES, documents=None) -> 
 
 def test_one_step_typed_out():
     head = four_by_five()
-    result = update(head, statistics(head), UpdateRule(tau=HALVING), [W1])
+    result = update(head, statistics(head), UpdateRule(judged=False, tau=HALVING), [W1])
     book = result.codebook
     assert book.count == pytest.approx([4.8853900817779268, 4.1640425613334451, 2.7213475204444817, 2.0], rel=1e-11)
     assert book.sum[0] == pytest.approx([7.7707801635558536, 0, 0, 0, 2.8853900817779268], rel=1e-11)
@@ -63,7 +63,7 @@ def test_the_head_is_not_touched():
     assert head.to_bytes() == before
 
 
-RESETTING = UpdateRule(tau=HALVING, dead_share=0.7)
+RESETTING = UpdateRule(judged=False, tau=HALVING, dead_share=0.7)
 """Code 3 ends at N = 2.0, below 0.7 times the mean of 3.44: dead."""
 
 
@@ -85,7 +85,7 @@ def test_stepping_again_after_a_reset_goes_on_from_what_it_wrote():
     """Eight vectors (0,0,0,2,0), all quantized to the reset code: its old mean must be the reset's, not the dead's."""
     first = update(four_by_five(), statistics(four_by_five()), RESETTING, [W1]).codebook
     step = statistics(first, [[0, 0, 0, 2, 0]] * 8, [3] * 8)
-    again = update(first, step, UpdateRule(tau=HALVING), [W2]).codebook
+    again = update(first, step, UpdateRule(judged=False, tau=HALVING), [W2]).codebook
     assert again.count[3] == pytest.approx(7.4921276840003353, rel=1e-11)
     sums = [0.6885390081777927, 1.0328085122666890, 1.3770780163555854, 11.541560327111707, 0.3442695040888963]
     assert again.sum[3] == pytest.approx(sums, rel=1e-7)
@@ -101,7 +101,7 @@ def test_statistics_older_than_a_reset_do_not_pull_the_reset_code():
     head = four_by_five()
     late = statistics(head, [[0, 0, 0, 9, 0]] * 4 + [[2, 0, 0, 0, 1]] * 4, [3] * 4 + [0] * 4)
     first = update(head, statistics(head), RESETTING, [W1]).codebook
-    second = update(first, late, UpdateRule(tau=HALVING), [W2]).codebook
+    second = update(first, late, UpdateRule(judged=False, tau=HALVING), [W2]).codebook
     assert second.codewords[3] == pytest.approx([0.4, 0.6, 0.8, 0, 0.2], rel=1e-7)
     assert second.count[3] == pytest.approx(first.count[3] / 2, rel=1e-12)
     assert second.count[0] == pytest.approx(first.count[0] / 2 + 4 / math.log(4), rel=1e-11)
@@ -130,7 +130,7 @@ def test_one_document_gives_at_most_one_vector_to_a_reset_word():
 def test_two_dead_codes_get_different_words():
     vectors = [[3, 0, 0, 0, 0]] * 6 + [[-3, 0, 0, 0, 0]] * 6 + [[0, 1, 0, 0, 0]] * 40
     head = four_by_five((400.0, 400.0, 1.0, 1.0))
-    result = update(head, statistics(head, vectors, [0] * 12 + [1] * 40), UpdateRule(tau=1e4), [W1])
+    result = update(head, statistics(head, vectors, [0] * 12 + [1] * 40), UpdateRule(judged=False, tau=1e4), [W1])
     assert result.resets == 2
     # The worst-served pole is drawn first; the other word goes to what is then served worst.
     assert {tuple(word) for word in result.codebook.codewords[[2, 3]].tolist()} == {(-3, 0, 0, 0, 0), (3, 0, 0, 0, 0)}
@@ -141,7 +141,7 @@ def test_unreachable_codes_come_alive_and_stay_alive():
     draw = np.random.default_rng(0)
     centres = draw.standard_normal((16, 6)) * 3
     start = np.concatenate([centres[:8], np.full((8, 6), 500.0)]).astype(np.float32)
-    book, rule = Codebook.first(start, np.full(16, 100.0)), UpdateRule(tau=800, dead_share=0.1)
+    book, rule = Codebook.first(start, np.full(16, 100.0)), UpdateRule(judged=False, tau=800, dead_share=0.1)
     for step in range(50):
         rows = (centres[draw.integers(16, size=256)] + 0.3 * draw.standard_normal((256, 6))).astype(np.float32)
         codes = quantize(rows[:, None], book.codewords)
@@ -156,7 +156,7 @@ def test_unreachable_codes_come_alive_and_stay_alive():
 
 def test_cutting_the_same_stream_into_other_windows_changes_nothing_to_speak_of():
     head = four_by_five((25.0, 25.0, 25.0, 25.0))
-    rule = UpdateRule(tau=100.0, dead_share=0.0)
+    rule = UpdateRule(judged=False, tau=100.0, dead_share=0.0)
     once = update(head, statistics(head, VECTORS * 6, CODES * 6), rule, [W1, W2, W3]).codebook
     book = head
     for window in (W1, W2, W3):
@@ -169,7 +169,7 @@ def test_cutting_the_same_stream_into_other_windows_changes_nothing_to_speak_of(
 
 def test_a_code_that_decayed_to_nothing_keeps_its_word_and_stays_finite():
     head = four_by_five()
-    book = update(head, statistics(head), UpdateRule(tau=0.01, dead_share=0.0), [W1]).codebook
+    book = update(head, statistics(head), UpdateRule(judged=False, tau=0.01, dead_share=0.0), [W1]).codebook
     assert book.codewords[3].tolist() == [0, 0, 0, 1, 0]
     assert book.count[3] > 0
     assert np.isfinite(book.codewords).all()
@@ -219,7 +219,7 @@ def test_a_candidate_serves_one_reset_only():
     """Seven documents are enough for one word of five; the second dead code must wait."""
     vectors = [[3, 0, 0, 0, 0]] * 3 + [[-3, 0, 0, 0, 0]] * 4
     head = four_by_five((400.0, 400.0, 1.0, 1.0))
-    result = update(head, statistics(head, vectors, [0] * 7), UpdateRule(tau=1e4), [W1])
+    result = update(head, statistics(head, vectors, [0] * 7), UpdateRule(judged=False, tau=1e4), [W1])
     assert (result.resets, result.starved) == (1, 1)
 
 

@@ -22,8 +22,8 @@ from schemas.document import Document
 WIDTH = 48
 SLOTS = 24
 CODEWORDS = 16
-RULE = UpdateRule(tau=20_000.0, min_vectors=40 * SLOTS, growth=0.0)
-"""A version every 40 passages, so that small tests see several."""
+RULE = UpdateRule(tau=20_000.0, min_vectors=40 * SLOTS, growth=0.0, judged=False)
+"""A version every 40 passages, so that small tests see several; too few to judge, so its words always move."""
 
 POISON = "POISON"
 
