@@ -16,7 +16,7 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -42,7 +42,7 @@ from pipelines.options import IngestSettings, parse_arguments
 from pipelines.plan import Judged, Plan, Slice, Spill, deal_out, make_plan
 from pipelines.progress import Report, report
 from pipelines.read import StagedBatches, drop_duplicates
-from pipelines.readers import read_source
+from pipelines.readers import Record, read_source
 from pipelines.records import DeadLetters, Tally, require_whole
 from pipelines.sink import write_slice
 from pipelines.sources import STDIN, Found, Source, find_sources, open_store
@@ -61,6 +61,7 @@ def run_ingest(
     beam_args: Sequence[str] = (),
     show_progress: bool | None = None,
     stdin: IO[bytes] | None = None,
+    records: Iterable[Record] | None = None,
 ) -> dict[str, Any]:
     """Ingest documents into a bank, making the bank when there is none.
 
@@ -71,6 +72,7 @@ def run_ingest(
         beam_args: Beam's options, for example ``["--direct_running_mode=multi_processing", …]``.
         show_progress: on standard error; None shows it on terminals only.
         stdin: read for ``-``.
+        records: checked documents to ingest instead of sources, which then is empty; on this machine only.
 
     Returns:
         The keys of ``schemas.results.IngestResult`` (counts of this ingest id, in documents, from the ledger), and
@@ -83,11 +85,12 @@ def run_ingest(
     """
     began = time.monotonic()
     settings = settings or IngestSettings()
-    found = find_sources(sources)
+    found = find_sources(sources) if records is None else Found((), ())
     options = options_of(beam_args)
     opened = open_bank(bank, settings)
+    read = records if records is not None else _read_all(found.sources, stdin)
     if (options.view_as(StandardOptions).runner or "").lower().rpartition(".")[2] in _LOCAL_RUNNERS:
-        outcome = _run_slices(found, opened, settings, beam_args, show_progress, stdin)
+        outcome = _run_slices(read, opened, settings, beam_args, show_progress)
     else:
         outcome = _run_distributed(found, opened, settings, beam_args)
     return _result(opened.bank, outcome, found, time.monotonic() - began)
@@ -108,19 +111,22 @@ class _Outcome:
     finished_before: frozenset[str]
 
 
+def _read_all(sources: Iterable[Source], stdin: IO[bytes] | None) -> Iterator[Record]:
+    for source in sources:
+        yield from read_source(source, stdin)
+
+
 def _run_slices(
-    found: Found,
+    records: Iterable[Record],
     opened: Opened,
     settings: IngestSettings,
     beam_args: Sequence[str],
     show_progress: bool | None,
-    stdin: IO[bytes] | None,
 ) -> _Outcome:
     manifest = opened.bank.manifest
     with staging_folder(settings.staging) as folder, report(show_progress) as shown:
         spill = Spill(folder, manifest.salt, manifest.window_seconds)
-        for source in found.sources:
-            spill.read(read_source(source, stdin), shown.read)
+        spill.read(records, shown.read)
         spill.finish()
         chosen = _choose_run(opened.bank, spill, settings)
         deal_out(spill, chosen.plan, chosen.finished)

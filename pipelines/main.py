@@ -11,6 +11,7 @@ PIPELINE_COMMANDS = {
     "demo": ("pipelines.demo", "demo"),
     "ingest": ("pipelines.commands", "ingest"),
     "adapt": ("pipelines.commands", "adapt"),
+    "migrate": ("pipelines.migrate_command", "migrate"),
     "eval": ("pipelines.eval_command", "evaluate"),
 }
 
