@@ -47,8 +47,11 @@ def window_order(window: str) -> tuple[bool, int]:
     return start is not None, start or 0
 
 
-def parse_length(text: str) -> int:
+def parse_length(text: str, what: str = "the window length") -> int:
     """``1d``, ``6h``, ``30m``, ``2w``, ``90s`` or ``90`` → seconds.
+
+    Args:
+        what: names the thing, for the message.
 
     Raises:
         UsageError: anything else.
@@ -56,7 +59,7 @@ def parse_length(text: str) -> int:
     found = _LENGTH.fullmatch(text)
     if not found:
         raise UsageError(
-            "the window length cannot be read",
+            f"{what} cannot be read",
             value=text,
             cause="it is not a whole number followed by s, m, h, d or w",
             fix="write it like 1d, 6h or 30m",

@@ -19,6 +19,13 @@ address, or - for JSON Lines on standard input. The same sources again go on whe
 document that is there already is counted as a duplicate, one whose content changed becomes a new revision.
 
 Example: mbc ingest documents.jsonl notes/ --bank my-bank
+
+With --streaming the sources are watched until SIGTERM, Ctrl-C or --idle-exit; then every open window is committed, and
+the counts are printed. A folder or prefix: each new or changed file is read once it is whole (names that start with .
+or _ or end in .tmp or .part are left alone). Or pubsub://projects/P/subscriptions/S: one JSON document a message; it is
+acknowledged when its window has been committed.
+
+Example: mbc ingest inbox/ --bank my-bank --streaming --window 1h
 """
 
 
@@ -29,6 +36,19 @@ Example: mbc ingest documents.jsonl notes/ --bank my-bank
 @window_option
 @click.option("--ingest-id", help="Name of this run; a run of the same name goes on where it stopped.")
 @click.option("--keep-text", is_flag=True, help="Also store each document's text, compressed; off by default.")
+@click.option("--streaming", is_flag=True, help="Watch the sources until SIGTERM, Ctrl-C or --idle-exit.")
+@click.option("--poll", metavar="LENGTH", help="Streaming: time between two looks at a folder (5s).")
+@click.option(
+    "--allowed-lateness",
+    metavar="LENGTH",
+    help="Streaming: how long after its end a window takes documents; later ones are dead letters (no limit).",
+)
+@click.option("--idle-exit", metavar="LENGTH", help="Streaming: end after so long without anything new (never).")
+@click.option(
+    "--event-time-attribute",
+    metavar="NAME",
+    help="Streaming: the attribute of Pub/Sub messages that holds the event time (RFC 3339, or milliseconds).",
+)
 @device_option
 @json_option
 def ingest(
@@ -38,13 +58,17 @@ def ingest(
     window_seconds: int | None,
     ingest_id: str | None,
     keep_text: bool,
+    streaming: bool,
+    poll: str | None,
+    allowed_lateness: str | None,
+    idle_exit: str | None,
+    event_time_attribute: str | None,
     device: str,
     as_json: bool,
 ) -> None:
     """See INGEST_HELP."""
-    with only_json(as_json) as stream:
-        from pipelines.ingest import run_ingest
-        from pipelines.options import IngestSettings
+    with only_json(as_json) as stdout:
+        from pipelines.options import STREAM_OPTIONS, IngestSettings, refuse_without_streaming, stream_settings
 
         settings = IngestSettings(
             profile=profile,
@@ -53,9 +77,18 @@ def ingest(
             keep_text=keep_text,
             device=device,
         )
-        result = run_ingest(sources, bank, settings)
+        told = (poll, allowed_lateness, idle_exit, event_time_attribute)
+        if streaming:
+            from pipelines.streaming import stream
+
+            result = stream(sources, bank, settings, stream_settings(*told), say=note)
+        else:
+            from pipelines.ingest import run_ingest
+
+            refuse_without_streaming(dict(zip(STREAM_OPTIONS, told, strict=True)))
+            result = run_ingest(sources, bank, settings)
         if as_json:
-            print_json(result, stream)
+            print_json(result, stdout)
             return
     show_ingest(result, out())
 

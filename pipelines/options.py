@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -72,6 +72,76 @@ class IngestSettings:
             )
 
 
+@dataclass(frozen=True)
+class StreamSettings:
+    """What only a stream is told.
+
+    Attributes:
+        poll: seconds between two looks at a watched folder.
+        allowed_lateness: seconds after the end of its window for which a document is taken; None: any time. What comes
+            later is a dead letter.
+        idle_exit: seconds without anything new after which the stream ends; None: it goes on until it is asked to end.
+        event_time_attribute: of Pub/Sub messages; None: the documents' own ``timestamp``, or when they were published.
+    """
+
+    poll: float = 5.0
+    allowed_lateness: int | None = None
+    idle_exit: float | None = None
+    event_time_attribute: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("poll", 0.01), ("allowed_lateness", 0), ("idle_exit", 0.01)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UsageError(
+                    f"`{name}` is too small",
+                    value=value,
+                    cause=f"it is in seconds, and at least {least:g}",
+                    fix="give it like 5s, 30m or 1h",
+                )
+
+
+def stream_settings(
+    poll: str | None, allowed_lateness: str | None, idle_exit: str | None, event_time_attribute: str | None
+) -> StreamSettings:
+    """Settings as the command line gives them; what is None keeps its default.
+
+    Raises:
+        UsageError: a length that cannot be read.
+    """
+    plain = StreamSettings()
+    zero = allowed_lateness is not None and allowed_lateness.strip().lower() in ("0", "0s")
+    lateness = None if allowed_lateness is None or zero else parse_length(allowed_lateness, "--allowed-lateness")
+    return StreamSettings(
+        poll=plain.poll if poll is None else parse_length(poll, "--poll"),
+        allowed_lateness=0 if zero else lateness,
+        idle_exit=None if idle_exit is None else parse_length(idle_exit, "--idle-exit"),
+        event_time_attribute=event_time_attribute,
+    )
+
+
+STREAM_OPTIONS = ("--poll", "--allowed-lateness", "--idle-exit", "--event-time-attribute")
+
+
+def refuse_without_streaming(given: Mapping[str, object]) -> None:
+    """Options of streams are refused in batch: they would do nothing.
+
+    Args:
+        given: option → value, None where it was not given.
+
+    Raises:
+        UsageError: names the first one given.
+    """
+    for name, value in given.items():
+        if value is not None:
+            raise UsageError(
+                f"{name} does nothing without --streaming",
+                value=value,
+                cause="--streaming was forgotten",
+                fix=f"add --streaming, or leave out {name}",
+            )
+
+
 def encoder_of(settings: IngestSettings, profile: Profile, device: str, precision: str) -> EncoderSource:
     """The encoder that the settings name, or the shipped one for this profile."""
     if settings.encoder is not None:
@@ -100,6 +170,7 @@ class Arguments:
     settings: IngestSettings
     beam_args: list[str]
     as_json: bool
+    streaming: StreamSettings | None = None
 
 
 def parse_arguments(argv: Sequence[str]) -> Arguments:
@@ -114,7 +185,12 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
         description="Ingest documents into a bank. Beam's own options are written --name=value "
         "(for example --runner=DataflowRunner --temp_location=gs://bucket/tmp).",
     )
-    parser.add_argument("sources", nargs="+", metavar="SOURCE", help="file, folder, glob, s3://…, gs://… or -")
+    parser.add_argument(
+        "sources",
+        nargs="+",
+        metavar="SOURCE",
+        help="file, folder, glob, s3://…, gs://… or -; with --streaming pubsub://…",
+    )
     parser.add_argument("--bank", required=True, help="local path, s3://… or gs://…")
     parser.add_argument("--profile", choices=list(PROFILES), help="codes a passage (a new bank: default)")
     parser.add_argument("--window", help="length of a window, like 1d or 6h (a new bank: 1d)")
@@ -125,6 +201,13 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     parser.add_argument("--shards", type=int, default=1, help="files a table and commit")
     parser.add_argument("--keep-text", action="store_true", help="store the texts too, compressed")
     parser.add_argument("--staging", type=Path, help="folder for the texts of this run while it lasts")
+    parser.add_argument(
+        "--streaming", action="store_true", help="watch the sources until SIGTERM, Ctrl-C or --idle-exit"
+    )
+    parser.add_argument("--poll", help="streaming: time between two looks at a folder (5s)")
+    parser.add_argument("--allowed-lateness", help="streaming: how long after its end a window takes documents (ever)")
+    parser.add_argument("--idle-exit", help="streaming: end after so long without anything new (never)")
+    parser.add_argument("--event-time-attribute", help="streaming: attribute of Pub/Sub messages with the event time")
     parser.add_argument("--json", action="store_true", dest="as_json", help="one JSON object on standard output")
     found, beam_args = parser.parse_known_args(argv)
     settings = IngestSettings(
@@ -139,4 +222,8 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     )
     if found.window is not None:
         settings = replace(settings, window_seconds=parse_length(found.window))
-    return Arguments(found.sources, found.bank, settings, beam_args, found.as_json)
+    told = {name: getattr(found, name[2:].replace("-", "_")) for name in STREAM_OPTIONS}
+    if not found.streaming:
+        refuse_without_streaming(told)
+    streaming = stream_settings(*told.values()) if found.streaming else None
+    return Arguments(found.sources, found.bank, settings, beam_args, found.as_json, streaming)

@@ -71,13 +71,13 @@ class StreamPlan:
     Attributes:
         job: bank, encoder, rotation, rules and shards, as a batch run has them.
         ingest_id: names the stream; under the same name it goes on after a restart.
-        allowed_lateness_seconds: how long after its end a window takes documents.
+        allowed_lateness_seconds: how long after its end a window takes documents; None: for ever.
         replay_per_window: most question-answer rows that a window keeps for adaptation.
     """
 
     job: Job
     ingest_id: str
-    allowed_lateness_seconds: int = 0
+    allowed_lateness_seconds: int | None = 0
     replay_per_window: int = REPLAY_PER_WINDOW
 
     @property
@@ -111,11 +111,18 @@ class StreamIngest(beam.PTransform):
             .with_output_types(tuple[int, bytes])
             .with_outputs("rejected", main="documents")
         )
-        judged = stamped.documents | "JudgeLateness" >> JudgeLateness(
-            plan.window_seconds, plan.allowed_lateness_seconds
-        )
+        in_time, too_late = stamped.documents, []
+        if plan.allowed_lateness_seconds is not None:
+            judged = stamped.documents | "JudgeLateness" >> JudgeLateness(
+                plan.window_seconds, plan.allowed_lateness_seconds
+            )
+            in_time = judged.in_time
+            letters = judged.too_late | "TooLate" >> beam.ParDo(_TooLateDoFn(plan)).with_output_types(
+                tuple[int, StreamPart]
+            )
+            too_late = [letters | "WindowTooLate" >> self._windows()]
         batches = (
-            judged.in_time
+            in_time
             | "Window" >> self._windows()
             | "BatchDocuments"
             >> (
@@ -125,15 +132,12 @@ class StreamIngest(beam.PTransform):
             )
         )
         encoded = batches.new | "Encode" >> Encode(job.encoder, job.rule)
-        too_late = judged.too_late | "TooLate" >> beam.ParDo(_TooLateDoFn(plan)).with_output_types(
-            tuple[int, StreamPart]
-        )
         parts = [
             encoded.batches | "PartOfBatch" >> _part(_part_of_batch, job.shards),
             encoded.dead_letters | "PartOfDeadLetters" >> _part(_part_of_letters, job.shards),
             _typed(batches.settled),
             _typed(stamped.rejected) | "WindowRejected" >> self._windows(),
-            too_late | "WindowTooLate" >> self._windows(),
+            *too_late,
         ]
         panes = (
             parts
@@ -181,7 +185,7 @@ def _part_of_letters(letters: DeadLetters, shards: int) -> tuple[int, StreamPart
 class _TooLateDoFn(beam.DoFn):
     def __init__(self, plan: StreamPlan) -> None:
         self._salt = plan.job.bank.manifest.salt
-        self._rule = plan.window_seconds, plan.allowed_lateness_seconds
+        self._rule = plan.window_seconds, plan.allowed_lateness_seconds or 0
 
     def process(
         self, element: tuple[int, bytes], timestamp: Timestamp = beam.DoFn.TimestampParam
