@@ -30,7 +30,9 @@ PCollection = beam.PCollection
 TOO_LATE = "too_late"
 """Reason of the dead letters, and name of the output."""
 
-_MOST_STEPS = 1_000
+_MOST_STEPS = 64
+"""Windows without documents whose closing is looked out for, before one that has some."""
+
 _MICROS = 1_000_000
 
 
@@ -99,7 +101,7 @@ class _LatenessDoFn(beam.DoFn):
         if last_seen is None or window > last_seen:
             newest.write(window)
         # The newest window that is closed when the watermark stands where this one begins.
-        first = window - 1 - -(-self._allowed // self._length)
+        first = window - min(1 + -(-self._allowed // self._length), _MOST_STEPS)
         first = first if last_closed is None else max(first, last_closed + 1)
         if awaited is None or first < awaited:
             self._wait_for(first, next_one, closing)

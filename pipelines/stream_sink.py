@@ -18,8 +18,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from mbc_core.bank import PreparedFile, SliceId, begin_slice
-from mbc_core.bank.commit import settle
+from mbc_core.bank import Bank, PreparedFile, SliceId, begin_slice
+from mbc_core.bank.commit import safe_name, settle
 from mbc_core.bank.latest import LatestRevisions, Standing
 from mbc_core.bank.recheck import JudgedAt
 from mbc_core.errors import DamagedFile, StorageError
@@ -197,9 +197,9 @@ class PaneCommitter:
             codes, tally = self._quantize(slice_id, window, judged.batches)
             version = tally.codebook_version
             tallies.append(tally)
-            shards = self._plan.job.shards
+            shards, limits = self._plan.job.shards, self._limits(slice_id)
             for shard, batch in deal_by_key(codes, shards):
-                written, counts = sink.write_shard(self._bank, slice_id, batch, self._limits(window), shard, shards)
+                written, counts = sink.write_shard(self._bank, slice_id, batch, limits, shard, shards)
                 tallies += counts
                 for table, file in written.items():
                     files.setdefault(table, []).append(file)
@@ -210,7 +210,7 @@ class PaneCommitter:
         if not sink.commit(self._bank, slice_id, files, tallies, judged_at):
             return False
         kept = sum(one.rows for one in files.get("replay", []))
-        self._replay_left[window] = max(0, self._limits(window)[window] - kept)
+        self._replay_left[window] = max(0, self._limits(slice_id)[window] - kept)
         self._codebooks.committed(window, version)
         self._letters.committed(judged.letters)
         return True
@@ -226,8 +226,13 @@ class PaneCommitter:
         path = self._codebooks.learn(slice_id, window, statistics)
         return codes, Tally(window, codebook_version=book.version, statistics=path)
 
-    def _limits(self, window: str) -> dict[str, int]:
-        return {window: self._replay_left.get(window, self._plan.replay_per_window)}
+    def _limits(self, slice_id: SliceId) -> dict[str, int]:
+        """How many replay rows the window may still keep."""
+        window, most = slice_id.name, self._plan.replay_per_window
+        if window not in self._replay_left:
+            kept = _stored_replay(self._bank, slice_id) if slice_id.pane else 0
+            self._replay_left[window] = max(0, most - kept)
+        return {window: self._replay_left[window]}
 
 
 @dataclass
@@ -274,6 +279,14 @@ class _StoredLetters:
                 if owner == plan.ingest_id
             }
         return self._stored
+
+
+def _stored_replay(bank: Bank, slice_id: SliceId) -> int:
+    """Replay rows that earlier panes of the window have made visible."""
+    mine = f"{slice_id.ingest_id}/{safe_name(slice_id.name)}-p"
+    shown = {path.rpartition("-s")[0] for path, _ in bank.files("codes") if path.startswith(mine)}
+    paths = [path for path, _ in bank.files("replay") if path.rpartition("-s")[0] in shown]
+    return sum(bank.read_file("replay", path, ["window"]).num_rows for path in paths)
 
 
 def _with_forgotten(letters: DeadLetters | None, window: str, count: int) -> DeadLetters | None:

@@ -7,6 +7,7 @@ import json
 import apache_beam as beam
 import pytest
 from apache_beam.options.pipeline_options import GoogleCloudOptions, StandardOptions, WorkerOptions
+from apache_beam.portability.api import beam_runner_api_pb2
 from oracle import empty_bank, held, plain_loop
 from tiny import POISON, RULE, TinySpec, corpus, rotation, settings, to_line, write_corpus
 
@@ -17,7 +18,8 @@ from pipelines.graph import Job, Share, build_distributed, options_of, run
 from pipelines.ingest import run_ingest
 from pipelines.plain import EncodeRule
 from pipelines.sources import find_sources
-from schemas.document import Document
+from pipelines.stream_graph import StreamIngest, StreamPlan
+from schemas.document import Document, document_from_bytes
 
 DATAFLOW = [
     "--runner=DataflowRunner",
@@ -137,3 +139,39 @@ def test_dataflow_accepts_the_graph_in_a_dry_run(tmp_path):
         "WriteCodes/CommitSlice",
     ):
         assert any(one.startswith(label) for one in names), label
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_dataflow_accepts_the_streaming_graph_in_a_dry_run(tmp_path):
+    bank = empty_bank(tmp_path / "bank", settings(tmp_path / "w"))
+    pipeline = beam.Pipeline(options=options_of([*DATAFLOW, "--streaming", "--enable_streaming_engine"]))
+    messages = pipeline | "ReadFromPubSub" >> beam.io.ReadFromPubSub(
+        subscription="projects/some-project/subscriptions/documents", timestamp_attribute="event_time"
+    )
+    records = messages | "Parse" >> beam.Map(document_from_bytes).with_output_types(Document)
+    _ = records | "StreamIngest" >> StreamIngest(StreamPlan(job_of(bank), "far", 3_600))
+    job = run(pipeline).job
+    assert job.options.view_as(StandardOptions).streaming
+    proto = job.proto_pipeline
+    transforms = {one.unique_name: one for one in proto.components.transforms.values()}
+    for label in (
+        "StreamIngest/JudgeLateness/CompareWithWatermark",
+        "StreamIngest/Encode/EncodeBatch",
+        "StreamIngest/GatherPane",
+        "StreamIngest/CommitWindows",
+    ):
+        assert any(one.startswith(label) for one in transforms), label
+    gather = next(one for name, one in transforms.items() if name == "StreamIngest/GatherPane")
+    (taken,) = gather.inputs.values()
+    windowing = proto.components.windowing_strategies[proto.components.pcollections[taken].windowing_strategy_id]
+    assert windowing.trigger.WhichOneof("trigger") == "after_end_of_window"
+    assert windowing.allowed_lateness > 50 * 365 * 86_400_000, "the grouping drops nothing: lateness is judged before"
+    stateful = [name for name, one in transforms.items() if _has_state(one)]
+    assert {name.split("/")[1] for name in stateful} >= {"JudgeLateness", "CommitWindows"}
+
+
+def _has_state(transform) -> bool:
+    if transform.spec.urn != "beam:transform:pardo:v1":
+        return False
+    payload = beam_runner_api_pb2.ParDoPayload.FromString(transform.spec.payload)
+    return bool(payload.state_specs) and bool(payload.timer_family_specs)

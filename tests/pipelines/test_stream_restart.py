@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from dataclasses import replace
 
 import pytest
-from oracle import held
-from stream_run import DAY, Watermark, day, document, new_bank, panes, plan_of, run, stored
+from oracle import SALT, held
+from stream_run import COUNTS, DAY, Watermark, day, document, new_bank, panes, plan_of, run, stored
 from test_stream_learning import live_steps
-from tiny import RULE, SLOTS, corpus
+from tiny import RULE, SLOTS, TinySpec, corpus
 
-from mbc_core.bank import commit
+from mbc_core.bank import Bank, commit
 from mbc_core.bank.storage import Storage
+from pipelines.plain import EncodeRule, encode_documents
+from pipelines.records import DocumentBatch
+from pipelines.stream_records import StreamPart, WindowPane
+from pipelines.stream_sink import PaneCommitter
 from schemas.tables import TABLES
 
 QUICK = replace(RULE, min_vectors=20 * SLOTS)
@@ -85,6 +91,73 @@ def test_death_at_any_moment_then_the_same_stream(tmp_path, undisturbed, share):
     assert held(bank) == codes
     assert panes(bank) == counts
     assert replay(bank) == questions
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("regrouped", [False, True], ids=["the same panes", "late ones on time"])
+def test_the_committer_may_die_at_any_operation(tmp_path, regrouped):
+    """Without a runner, so that many moments can be tried; after a restart the source may group panes otherwise.
+
+    ``MBC_EVERY=1`` tries every moment.
+    """
+    empty, panes_in = tmp_path / "empty", window_panes()
+    new_bank(empty)
+    whole = copied(empty / "bank", tmp_path / "whole")
+    with pytest.MonkeyPatch.context() as patch:
+        operations = len(commit_all(whole, panes_in, patch))
+    expected, counts = held(whole), sum_of(whole)
+    assert len(expected.digests) >= 4 and operations > 100
+    for moment in range(1, operations + 1, int(os.environ.get("MBC_EVERY", "29"))):
+        bank = copied(empty / "bank", tmp_path / f"bank{moment}")
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Died):
+            commit_all(bank, panes_in, patch, moment)
+        with pytest.MonkeyPatch.context() as patch:
+            commit_all(bank, on_time(panes_in) if regrouped else panes_in, patch)
+        if regrouped:
+            assert held(bank).codes.keys() == expected.codes.keys(), moment
+        else:
+            assert held(bank) == expected, moment
+            assert panes(bank) == panes(whole), moment
+        assert sum_of(bank) == counts, moment
+        shutil.rmtree(tmp_path / f"bank{moment}")
+
+
+def window_panes():
+    """Five days, each with two late panes when all are over."""
+    salt, found = bytes.fromhex(SALT), []
+    on_time_ones = [one for place, one in enumerate(DOCUMENTS) if place % 14 not in (3, 8)]
+    for pane, part in enumerate((on_time_ones, DOCUMENTS[3::14], DOCUMENTS[8::14])):
+        for number in range(5):
+            mine = [one for one in part if one.event_time // 1_000_000 // DAY == number]
+            if mine:
+                batch = encode_documents(TinySpec().load(), DocumentBatch.of(mine, salt, DAY), EncodeRule(24))
+                found.append(WindowPane(day(number), (number + 1) * DAY, 0, pane, StreamPart(batches=(batch,))))
+    return found
+
+
+def on_time(panes_in):
+    """All panes of a window as its first."""
+    names = dict.fromkeys(one.window for one in panes_in)
+    mine = {name: [one for one in panes_in if one.window == name] for name in names}
+    return [replace(some[0], pane=0, part=StreamPart.concat(one.part for one in some)) for some in mine.values()]
+
+
+def commit_all(bank, panes_in, patch, die_at=None):
+    seen = count_operations(patch, die_at)
+    committer = PaneCommitter(plan(bank))
+    for one in panes_in:
+        committer.commit_window([one])
+    return seen
+
+
+def copied(source, target):
+    shutil.copytree(source, target)
+    return Bank.open(str(target))
+
+
+def sum_of(bank):
+    rows = bank.read("ledger").to_pylist()
+    return {name: sum(row[name] for row in rows) for name in (*COUNTS, "passages")}
 
 
 def test_a_finished_stream_run_again_adds_nothing(tmp_path):
