@@ -262,7 +262,7 @@ def commit_slice(
     if is_committed(bank, "codes", begun.app_id("codes"), pane):
         settle(bank, ingest_id)
         return False
-    given, refused = rows, False
+    given, refused, again = rows, False, False
     for _ in range(_ATTEMPTS):
         if (kept := without_forgotten(bank, rows)) is not rows:
             rows, begun, refused = kept, begin_slice(bank, ingest_id, slice_name, pane), True
@@ -274,6 +274,12 @@ def commit_slice(
         except Overtaken:
             if judged is not None:
                 rows, begun, judged = judged_again(bank, rows, begun)
+            continue
+        except DamagedFile:
+            # `mbc forget` has deleted a file with a document of its own before it was committed: write it anew.
+            if again or not all(isinstance(part, pa.Table) for part in (rows.codes, rows.documents, rows.replay)):
+                raise
+            again = True
             continue
         if refused:
             drop_prepared(bank, given, rows)
