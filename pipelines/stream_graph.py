@@ -108,7 +108,7 @@ class StreamIngest(beam.PTransform):
         plan, job = self.plan, self.plan.job
         stamped = pcoll | "StampRecords" >> (
             beam.ParDo(_StampDoFn(job.bank.manifest.salt, job.shards))
-            .with_output_types(tuple[int, bytes])
+            .with_output_types(tuple[int, bytes], rejected=tuple[int, StreamPart])
             .with_outputs("rejected", main="documents")
         )
         in_time, too_late = stamped.documents, []
@@ -127,7 +127,7 @@ class StreamIngest(beam.PTransform):
             | "BatchDocuments"
             >> (
                 beam.ParDo(_BatchDoFn(plan, self.life))
-                .with_output_types(DocumentBatch)
+                .with_output_types(DocumentBatch, settled=tuple[int, StreamPart])
                 .with_outputs("settled", main="new")
             )
         )
@@ -135,8 +135,8 @@ class StreamIngest(beam.PTransform):
         parts = [
             encoded.batches | "PartOfBatch" >> _part(_part_of_batch, job.shards),
             encoded.dead_letters | "PartOfDeadLetters" >> _part(_part_of_letters, job.shards),
-            _typed(batches.settled),
-            _typed(stamped.rejected) | "WindowRejected" >> self._windows(),
+            batches.settled,
+            stamped.rejected | "WindowRejected" >> self._windows(),
             *too_late,
         ]
         panes = (
@@ -159,11 +159,6 @@ class StreamIngest(beam.PTransform):
             accumulation_mode=AccumulationMode.DISCARDING,
             allowed_lateness=_FOR_EVER,
         )
-
-
-def _typed(pcoll: PCollection[Any]) -> PCollection[tuple[int, StreamPart]]:
-    pcoll.element_type = tuple[int, StreamPart]
-    return pcoll
 
 
 def _part(make: Any, shards: int) -> beam.PTransform:
