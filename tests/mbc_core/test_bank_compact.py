@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from bank_crash import next_codebook
 from bank_rows import key_of, make_bank, make_slice, numbered, shown
 
-from mbc_core.bank import Bank, SliceId, commit_slice, finished_slices, write_slice_rows
+from mbc_core.bank import Bank, SliceId, commit_slice, finished_slices, register_codebook, write_slice_rows
 from mbc_core.bank import compact as compact_module
 from mbc_core.bank.commit import COMPACTED, begin_slice, settle_all
 from mbc_core.bank.compact import compact, superseded
@@ -245,6 +246,19 @@ def test_shards_hold_ranges_of_keys(bank, monkeypatch):
     ends = sorted((int(keys.min()), int(keys.max())) for keys in found)
     assert all(one[1] < other[0] for one, other in itertools.pairwise(ends))
     assert views(bank) == before
+
+
+def test_a_moment_has_the_codebook_of_then(bank):
+    """A revision under a newer codebook: whoever reads as of before sees the old codes with the old version."""
+    before = moments(bank)[-1]
+    want = bank.passages(before).to_pylist()
+    register_codebook(bank, next_codebook(), ingest_id="newer", slice_name="0")
+    add(bank, "newer", numbered(0, 3, "newer"), passages=2, version=1)
+    for _ in range(2):
+        now = {(row["doc_id"], row["codebook_version"]) for row in bank.passages().to_pylist()}
+        assert {version for doc_id, version in now if doc_id in ("d0000", "d0001", "d0002")} == {1}
+        assert bank.passages(before).to_pylist() == want and {row["codebook_version"] for row in want} == {0}
+        compact(bank, history=3600)
 
 
 def test_wrong_times_are_refused(bank):

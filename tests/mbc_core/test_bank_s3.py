@@ -10,8 +10,9 @@ import time
 import urllib.request
 from collections.abc import Iterator
 
+import pyarrow as pa
 import pytest
-from bank_rows import codebook, make_slice, manifest, numbered, shown
+from bank_rows import codebook, key_of, make_slice, manifest, numbered, shown
 
 from mbc_core.adapters import AdapterRegistry
 from mbc_core.bank import Bank, commit_slice, finished_slices
@@ -101,3 +102,29 @@ def test_no_bank_or_no_bucket_on_s3(place):
         Bank.open(place)
     with pytest.raises(StorageError, match="the bank's storage refused to"):
         Bank.create("s3://no-such-bucket/bank", manifest(), codebook())
+
+
+def test_compact_and_forget_on_s3(place):
+    bank = Bank.create(place, manifest(), codebook())
+    for number in range(4):
+        rows = make_slice(f"r{number}", "0", numbered(3 * number, 3), passages=2, dead=1)
+        commit_slice(bank, rows, f"r{number}", "0")
+    commit_slice(bank, make_slice("again", "0", numbered(3, 2, "other"), passages=2), "again", "0")
+    before = bank.passages().to_pylist()
+    first = bank.read("codes")["added_at"].cast(pa.int64()).to_pylist()[0]
+    then = bank.passages(first).to_pylist()
+    result = bank.compact()
+    assert (result["merged"], result["swept"]) == (5 + 5 + 5 + 4 + 5, 0)
+    assert len(bank.files("codes")) == 1
+    assert (bank.passages().to_pylist(), bank.passages(first).to_pylist()) == (before, then)
+    told = bank.forget(["d0004", "nobody"])
+    assert (told["forgotten"], told["not_found"]) == (1, 1)
+    key = str(key_of("d0004")).encode()
+    for one in bank.storage.list():
+        data = bank.storage.read_bytes(one.path)
+        assert b"d0004" not in data and key not in data, one.path
+    assert {name for name, _ in shown(bank)} == {f"d{number:04d}" for number in range(12) if number != 4}
+    commit_slice(bank, make_slice("back", "0", numbered(4, 1)), "back", "0")
+    assert "d0004" not in {name for name, _ in shown(bank)}
+    assert bank.inspect(verify=True)["problems"] == []
+    assert json.loads(bank.storage.read_bytes(told["receipt"].removeprefix(f"{bank.uri}/")))["forgotten"] == 1
