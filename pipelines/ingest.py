@@ -37,6 +37,7 @@ from mbc_core.bank.codebooks import version_rows
 from mbc_core.bank.recheck import JudgedAt
 from mbc_core.errors import DamagedFile, LostRace, MbcError, UsageError
 from pipelines.graph import Job, Share, build_distributed, build_slice, options_of, run
+from pipelines.memory import keep_memory_flat
 from pipelines.opening import Opened, job_of, open_bank
 from pipelines.options import IngestSettings, parse_arguments
 from pipelines.plan import Judged, Plan, Slice, Spill, deal_out, make_plan
@@ -84,6 +85,7 @@ def run_ingest(
         MbcError: counts that do not add up, and other errors of the family.
     """
     began = time.monotonic()
+    keep_memory_flat()
     settings = settings or IngestSettings()
     found = find_sources(sources) if records is None else Found((), ())
     options = options_of(beam_args)
