@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
+
 import numpy as np
 import pytest
 from oracle import held
@@ -139,6 +141,13 @@ def test_empty_windows_and_gaps_commit_nothing(tmp_path):
     assert stored(bank) == [("a", day(20)), ("b", day(27))]
     assert set(panes(bank)) == {(day(20), 0, day(20)), (day(27), 0, day(27))}
     assert bank.table("codes").version() == 2
+
+
+def test_the_ends_of_the_calendar_are_windows_like_any_other(tmp_path):
+    bank = new_bank(tmp_path)
+    first, last = (int(datetime(*day, tzinfo=UTC).timestamp()) for day in ((1, 1, 1), (9999, 12, 31)))
+    run([document("first", first), document("last", last), Watermark(last + 1)], plan_of(bank))
+    assert stored(bank) == [("first", "0001-01-01T00:00:00Z"), ("last", "9999-12-31T00:00:00Z")]
 
 
 def test_a_stream_without_documents_commits_nothing(tmp_path):
