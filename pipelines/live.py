@@ -92,6 +92,23 @@ class SourceCounts:
     watermark: int | None = None
 
 
+class _Once:
+    """A source that failed stays failed: the runner tries a bundle four times, and a source has moved on by then."""
+
+    def __init__(self, source: LiveSource) -> None:
+        self._source = source
+        self._failed: Exception | None = None
+
+    def step(self) -> Step:
+        if self._failed is not None:
+            raise self._failed
+        try:
+            return self._source.step()
+        except Exception as error:
+            self._failed = error
+            raise
+
+
 _SOURCES: dict[str, LiveSource] = {}
 
 
@@ -124,7 +141,7 @@ class ReadLive(beam.PTransform):
 def registered(source: LiveSource) -> Iterator[ReadLive]:
     """The transform that reads ``source`` while the context lasts."""
     name = uuid.uuid4().hex
-    _SOURCES[name] = source
+    _SOURCES[name] = _Once(source)
     try:
         yield ReadLive(name)
     finally:
