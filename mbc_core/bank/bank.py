@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -203,14 +203,17 @@ class Bank:
                     raise
         return read()
 
-    def codebook(self, version: int) -> Codebook:
+    def codebook(self, version: int, rows: Mapping[int, dict[str, Any]] | None = None) -> Codebook:
         """One codebook version, its digest checked; kept in memory, since versions never change.
+
+        Args:
+            rows: of :func:`version_rows`, for those who ask for many and have read them.
 
         Raises:
             DamagedFile: no such version, or its file is damaged.
         """
         if version not in self._codebooks:
-            rows = version_rows(self)
+            rows = version_rows(self) if rows is None else rows
             if version not in rows:
                 raise DamagedFile(
                     "codes name a codebook version that the bank does not hold",

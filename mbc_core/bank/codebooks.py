@@ -154,7 +154,8 @@ def load_chain(
     rows = list(version_rows(bank).values())
     if resuming is not None:
         rows = _before_unfinished(bank, rows, resuming)
-    versions = [bank.codebook(row["version"]) for row in rows]
+    by_version = {row["version"]: row for row in rows}
+    versions = [bank.codebook(version, by_version) for version in by_version]
     pending = load_pending(bank, versions[-1].last_window, own)
     return CodebookChain(versions, pending, window_seconds=bank.manifest.window_seconds, rule=rule)
 
