@@ -13,6 +13,7 @@ from typing import Any
 
 import apache_beam as beam
 from apache_beam import pvalue
+from apache_beam.io.gcp.pubsub import parse_subscription
 from apache_beam.transforms.window import TimestampedValue
 
 from mbc_core.errors import BadDocument, StorageError, UsageError
@@ -23,7 +24,6 @@ from schemas.document import document_from_bytes, parse_timestamp
 SCHEME = "pubsub://"
 
 _YEAR_1, _YEAR_10000 = -62_135_596_800_000, 253_402_300_800_000
-_SUBSCRIPTION = re.compile(r"pubsub://(projects/[^/\s]+/subscriptions/[^/\s]+)")
 BAD_TIME = "mbc-bad-event-time"
 """Attribute that carries an event time which is not one, past Beam's parser, to its dead letter."""
 
@@ -34,16 +34,20 @@ def subscription_of(source: str) -> str:
     Raises:
         UsageError: anything else.
     """
-    found = _SUBSCRIPTION.fullmatch(source)
-    if found is None:
-        raise UsageError(
-            "the Pub/Sub source is not a subscription",
-            value=source,
-            cause="a topic keeps nothing for a reader that is not there; a subscription does",
-            fix="make one (gcloud pubsub subscriptions create S --topic T) and write "
-            "pubsub://projects/P/subscriptions/S",
-        )
-    return found[1]
+    path = source.removeprefix(SCHEME)
+    cause = "a topic keeps nothing for a reader that is not there; a subscription does"
+    try:
+        parse_subscription(path)
+        if path.count("/") == 3:
+            return path
+    except ValueError as error:
+        cause = cause if "/topics/" in path else str(error)
+    raise UsageError(
+        "the Pub/Sub source is not a subscription",
+        value=source,
+        cause=cause,
+        fix="make one (gcloud pubsub subscriptions create S --topic T) and write pubsub://projects/P/subscriptions/S",
+    )
 
 
 class ReadMessages(beam.PTransform):
