@@ -23,7 +23,7 @@ from mbc_core.bank import export, inspect, parquet
 from mbc_core.bank import verify as verification
 from mbc_core.bank.codebooks import check_codebook, load_chain, load_codebook, register_codebook, version_rows
 from mbc_core.bank.commit import COMPACTED, ingest_of
-from mbc_core.bank.storage import Storage, as_storage_error, is_refusal, plain_cause
+from mbc_core.bank.storage import Storage, as_storage_error, is_refusal, may_pass, plain_cause
 from mbc_core.bank.tombstones import Tombstones, load_tombstones
 from mbc_core.bank.visible import VisibleKeys, join_documents, newest_revisions, revision_places, visible_keys
 from mbc_core.errors import DamagedFile, IncompatibleBank, StorageError, UsageError
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from schemas.results import CompactResult, ForgetResult, InspectResult, VerifiedInspectResult
 
 MANIFEST = "manifest.json"
-_READS, _LOADS = 6, 4
+_READS, _LOADS = 6, 6
 
 Found = TypeVar("Found")
 PASSAGE_DOCUMENT_COLUMNS = ["doc_id", "title", "uri"]
@@ -152,9 +152,25 @@ class Bank:
             )
         return delta
 
+    def look(self, name: str, ask: Callable[[DeltaTable], Found]) -> Found:
+        """What ``ask`` finds in the table ``name`` as it is now.
+
+        deltalake reads parts of a log only when they are asked for; when it was cut short meanwhile (`mbc forget`),
+        the table is loaded again.
+        """
+        for attempt in range(_LOADS):
+            delta = self.table(name)
+            try:
+                return ask(delta)
+            except DeltaError as error:
+                if attempt == _LOADS - 1 or not may_pass(error):
+                    raise as_storage_error(error, "read the log of the table", self.storage.locate(name)) from error
+                time.sleep(0.02 * 2**attempt)
+        raise AssertionError("the last attempt returns or raises")
+
     def files(self, table: str) -> list[tuple[str, int]]:
         """(path below the table's folder, bytes) of every file that counts, sorted by path."""
-        actions = pa.table(self.table(table).get_add_actions(flatten=True))
+        actions = self.look(table, lambda delta: pa.table(delta.get_add_actions(flatten=True)))
         return sorted(zip(actions["path"].to_pylist(), actions["size_bytes"].to_pylist(), strict=True))
 
     def read_file(self, table: str, path: str, columns: list[str] | None = None) -> pa.Table:
@@ -402,7 +418,7 @@ def _load_steadily(where: str, version: int | None, options: dict[str, str] | No
         try:
             return DeltaTable(where, version=version, storage_options=options)
         except (DeltaError, OSError) as error:
-            if version is not None or isinstance(error, TableNotFoundError) or is_refusal(error):
+            if version is not None or isinstance(error, TableNotFoundError) or not may_pass(error):
                 raise
             time.sleep(0.02 * 2**attempt)
     return DeltaTable(where, version=version, storage_options=options)

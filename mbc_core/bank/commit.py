@@ -24,7 +24,7 @@ from deltalake.exceptions import CommitFailedError, DeltaError
 from deltalake.transaction import AddAction, RemoveAction
 
 from mbc_core.bank import parquet
-from mbc_core.bank.storage import as_storage_error
+from mbc_core.bank.storage import as_storage_error, may_pass
 from mbc_core.errors import DamagedFile, StorageError, UsageError
 from schemas.tables import TABLES
 
@@ -201,20 +201,21 @@ def commit_files(
         max_commit_retries=None if overtaken is None else 0,
     )
     for attempt in range(_ATTEMPTS):
-        delta = bank.table(table)
-        if _is_committed(delta, app_id, version):
-            return False
-        if overtaken is not None and overtaken(delta):
-            raise Overtaken
         try:
+            delta = bank.table(table)
+            if _is_committed(delta, app_id, version):
+                return False
+            if overtaken is not None and overtaken(delta):
+                raise Overtaken
             delta.create_write_transaction(actions, "append", delta.schema(), commit_properties=properties)
-        except CommitFailedError:
-            # Another writer was faster. If it was this very commit, the next look finds it; else try again.
-            time.sleep(0.05 * 2**attempt)
-        except (DeltaError, OSError) as error:
-            raise as_storage_error(error, "commit to the table", bank.storage.locate(table)) from error
-        else:
             return True
+        except (DeltaError, OSError) as error:
+            # Another writer was faster, or the log was cut short under us (`mbc forget`). If it was this very commit,
+            # the next look finds it; else try again.
+            lost = isinstance(error, CommitFailedError)
+            if not (lost or may_pass(error)) or (attempt == _ATTEMPTS - 1 and not lost):
+                raise as_storage_error(error, "commit to the table", bank.storage.locate(table)) from error
+            time.sleep(0.05 * 2**attempt)
     raise StorageError(
         f"other writers won the race for the table `{table}` every time",
         value=f"{_ATTEMPTS} attempts",
@@ -225,7 +226,7 @@ def commit_files(
 
 def is_committed(bank: Bank, table: str, app_id: str, version: int = 0) -> bool:
     """Whether the commit (app_id, version) of ``table`` is done."""
-    return _is_committed(bank.table(table), app_id, version)
+    return bank.look(table, lambda delta: _is_committed(delta, app_id, version))
 
 
 def commit_slice(
@@ -340,7 +341,7 @@ def settle(bank: Bank, ingest_id: str) -> int:
     waiting = [path for path in waiting if path not in in_log and _FILE.fullmatch(path)]
     if not waiting:
         return 0
-    named = {entry.get(_LEDGER_FILE) for entry in bank.table("codes").history()}
+    named = bank.look("codes", lambda delta: {entry.get(_LEDGER_FILE) for entry in delta.history()})
     settled = 0
     for path in waiting:
         if path in named:

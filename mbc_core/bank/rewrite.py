@@ -16,7 +16,7 @@ import json
 import re
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -27,7 +27,7 @@ from deltalake.exceptions import CommitFailedError, DeltaError
 from deltalake.transaction import AddAction, RemoveAction
 
 from mbc_core.bank.commit import PreparedFile, write_rows
-from mbc_core.bank.storage import as_storage_error
+from mbc_core.bank.storage import as_storage_error, may_pass
 from mbc_core.errors import StorageError
 
 if TYPE_CHECKING:
@@ -85,11 +85,17 @@ def commit_after(
     properties = CommitProperties(custom_metadata=metadata, max_commit_retries=0)
     try:
         seen.create_write_transaction(actions, "append", seen.schema(), commit_properties=properties)
-    except CommitFailedError:
-        return False
     except (DeltaError, OSError) as error:
+        if isinstance(error, CommitFailedError) or may_pass(error):
+            return _has_landed(bank, table, added, removed)
         raise as_storage_error(error, "commit to the table", bank.storage.locate(table)) from error
     return True
+
+
+def _has_landed(bank: Bank, table: str, added: Sequence[PreparedFile], removed: Mapping[str, int]) -> bool:
+    """Whether a commit that was answered with an error is in the log all the same: an answer may be lost on its way."""
+    now = dict(bank.files(table))
+    return bool(added or removed) and all(one.path in now for one in added) and not now.keys() & removed.keys()
 
 
 def rewrite_table(
@@ -107,10 +113,8 @@ def rewrite_table(
     clean: set[str] = set()
     written: dict[str, tuple[PreparedFile | None, pa.Table]] = {}
     for attempt in range(_ATTEMPTS):
-        seen = bank.table(table)
-        files = files_of(seen)
-        for path in files.keys() - clean - written.keys():
-            rows = bank.read_file(table, path)
+        seen, files, found = bank.steady(lambda: _unseen(bank, table, clean | written.keys()), table)
+        for path, rows in found.items():
             kept = change(rows)
             if kept is None:
                 clean.add(path)
@@ -130,6 +134,13 @@ def rewrite_table(
     raise lost_race(bank, table)
 
 
+def _unseen(bank: Bank, table: str, known: Set[str]) -> tuple[DeltaTable, dict[str, int], dict[str, pa.Table]]:
+    """The table, its files, and the rows of those that are not known yet."""
+    seen = bank.table(table)
+    files = files_of(seen)
+    return seen, files, {path: bank.read_file(table, path) for path in sorted(files.keys() - known)}
+
+
 def lost_race(bank: Bank, table: str) -> StorageError:
     """The error after the last attempt."""
     return StorageError(
@@ -142,7 +153,10 @@ def lost_race(bank: Bank, table: str) -> StorageError:
 
 def files_of(table: DeltaTable) -> dict[str, int]:
     """Path → bytes of every file that counts."""
-    actions = pa.table(table.get_add_actions(flatten=True))
+    try:
+        actions = pa.table(table.get_add_actions(flatten=True))
+    except DeltaError as error:
+        raise as_storage_error(error, "read the log of", table.table_uri) from error
     return dict(zip(actions["path"].to_pylist(), actions["size_bytes"].to_pylist(), strict=True))
 
 

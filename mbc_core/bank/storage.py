@@ -25,6 +25,7 @@ _SCHEMES = ("s3", "gs")
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _GONE = {errno.ENOENT, errno.ENOTDIR}
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
+_NOT_THERE = "it is not there, or was removed meanwhile"
 _TEMPORARY = ".tmp-"
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
@@ -219,16 +220,51 @@ def storage_errors(doing: str, where: str) -> Iterator[None]:
 
 def as_storage_error(error: Exception, doing: str, where: str) -> StorageError:
     """The :class:`StorageError` that fits ``error``."""
-    cause, fix = _refusal(error) or (
-        plain_cause(error),
-        "check the path, the network and the credentials, then run again",
+    scheme, remote, _ = where.partition("://")
+    cause, fix = (
+        (_remote_refusal(error, scheme) if remote else None)
+        or _refusal(error)
+        or (
+            plain_cause(error),
+            "check the path, the network and the credentials, then run again",
+        )
     )
     return StorageError(f"the bank's storage refused to {doing} {where}", cause=cause, fix=fix)
+
+
+_CREDENTIALS = {
+    "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or the machine's role",
+    "gs": "GOOGLE_APPLICATION_CREDENTIALS, or the machine's service account",
+}
+_NO_CREDENTIALS = ("no credentials", "invalidaccesskeyid", "signaturedoesnotmatch", "invalid token", "expiredtoken")
+_NO_RIGHT = ("access_denied", "accessdenied", "access denied", "permission denied", "forbidden", "lacked the necessary")
+_NO_BUCKET = ("nosuchbucket", "no such bucket", "no_such_bucket", "the specified bucket does not exist")
+_NO_ANSWER = ("network_connection", "could not connect", "connection refused", "error sending request", "dns error")
+
+
+def _remote_refusal(error: Exception, scheme: str) -> tuple[str, str] | None:
+    """Cause and fix of what an object store, or the way to it, answers with."""
+    low, names = str(error).lower(), _CREDENTIALS.get(scheme, "the store's credentials")
+    if any(word in low for word in _NO_CREDENTIALS):
+        return "no credentials were found, or the store does not know them", f"set {names}"
+    if any(word in low for word in _NO_BUCKET):
+        return "there is no such bucket", "check the bucket's name and the region, or make the bucket"
+    if any(word in low for word in _NO_RIGHT):
+        return "these credentials may not touch it", f"change the bucket's policy, or set other ones: {names}"
+    if any(word in low for word in _NO_ANSWER):
+        return "the store does not answer", "check the network and, where it is set, AWS_ENDPOINT_URL, then run again"
+    return None
 
 
 def is_refusal(error: Exception) -> bool:
     """Whether the store itself refused (full, forbidden, gone), whatever library reports it."""
     return _refusal(error) is not None
+
+
+def may_pass(error: Exception) -> bool:
+    """Whether a second look may succeed: something was not there, or not as expected, but nothing was refused."""
+    found = _refusal(error)
+    return found is None or found[0] == _NOT_THERE
 
 
 def _refusal(error: Exception) -> tuple[str, str] | None:
@@ -243,7 +279,7 @@ def _refusal(error: Exception) -> tuple[str, str] | None:
     if number in _FORBIDDEN or any(word in low for word in ("permission denied", "access denied", "forbidden")):
         return "this user may not touch it", "change its owner or mode, or the bucket's policy"
     if number in _GONE or isinstance(error, FileNotFoundError):
-        return "it is not there, or was removed meanwhile", "check the path; restore the file from a copy"
+        return _NOT_THERE, "check the path; restore the file from a copy"
     return None
 
 
