@@ -27,6 +27,9 @@ from mbc_core.errors import DamagedFile, UsageError
 CODE_BITS = 9
 """Bits of one code on storage: K = 512 codewords."""
 
+LENGTH_WEIGHT = 0.35
+"""β of :func:`length_credits`: tuned on held-out passages, flat between 0.3 and 0.4."""
+
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 
@@ -306,3 +309,21 @@ def decode(codes: NDArray[np.uint16], codewords: Float32) -> Float32:
             fix="read each row with the codebook version it names",
         )
     return np.asarray(codewords[codes].reshape(len(codes), codes.shape[1] * codewords.shape[1]), dtype=np.float32)
+
+
+def length_credits(decoded: NDArray[Any]) -> Float64:
+    """What a decoded address gains in score because it is shorter than the unit vector it stands for.
+
+    A codeword is a mean, so x̂ is shorter than x, and the more so the worse x was quantized: its inner products all
+    come out too small. β·(1 - |x̂|²) makes up for it. It is a sum over slots, so it costs a search nothing, and it is
+    0 for an exact address.
+
+    Args:
+        decoded: x̂, [n, d].
+
+    Returns:
+        float64 [n].
+    """
+    exact = decoded.astype(np.float64)
+    credits: Float64 = LENGTH_WEIGHT * (1.0 - (exact * exact).sum(axis=1))
+    return credits

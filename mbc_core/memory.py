@@ -57,7 +57,7 @@ class Recalled:
     Attributes:
         doc_id, title: of its document.
         event_time: when its document happened, UTC; None when it has no date.
-        score: Σ_t (R·q)_t · E[c_t], an estimate of the cosine.
+        score: of its address, an estimate of the cosine (:mod:`mbc_core.recall`).
         words: what its word codes say; empty in banks without word codes.
         key, passage: where it stands in the bank.
     """

@@ -1,8 +1,10 @@
 """Recall: find passages by their packed codes as they lie on storage, without decoding them.
 
-score(q, doc) = Σ_t (R·q)_t · E[c_t]: T table look-ups a passage. FAISS's product quantizer does exactly this when
-all its T sub-quantizers hold the one shared codebook E, and it packs codes the way the bank does. The search is
-exhaustive: 10⁶ passages take some tens of milliseconds, so there is no approximate index yet.
+score(q, doc) = Σ_t (R·q)_t · E[c_t] + β·(1 - |x̂|²) with x̂ = (E[c_1], …, E[c_T]): T table look-ups a passage, since
+|x̂|² is a sum over slots too (:func:`mbc_core.codes.length_credits` says what the second term is for). It falls as
+|q/2β - x̂|² grows, and FAISS's product quantizer finds the nearest x̂ without decoding one when all its T
+sub-quantizers hold the one shared codebook E; it packs codes the way the bank does. The search is exhaustive:
+10⁶ passages take some tens of milliseconds, so there is no approximate index yet.
 """
 
 from __future__ import annotations
@@ -18,12 +20,14 @@ from numpy.typing import NDArray
 from mbc_core.codebook.files import Codebook
 from mbc_core.codes import (
     CODE_BITS,
+    LENGTH_WEIGHT,
     Float32,
     Float64,
     Rotation,
     check_array,
     code_size,
     decode,
+    length_credits,
     to_slots,
     unpack,
 )
@@ -54,7 +58,7 @@ class _Engine(Protocol):
 class RecallIndex:
     """Exhaustive search over packed codes of any number of codebook versions.
 
-    Scores of different versions are comparable: each approximates the inner product of question and passage.
+    Scores of different versions are comparable: each estimates the cosine of question and passage.
     Ties are broken by the smaller row id, so equal banks give equal answers.
     """
 
@@ -132,7 +136,8 @@ class RecallIndex:
 def exhaustive_scores(questions: Float32, rotation: Rotation, codes: NDArray[np.uint16], codewords: Float32) -> Float64:
     """The plain float64 computation over decoded codes that every other search must equal: [q, n]."""
     rotated = questions.astype(np.float64) @ rotation.matrix.astype(np.float64).T
-    scores: Float64 = rotated @ decode(codes, codewords).astype(np.float64).T
+    decoded = decode(codes, codewords)
+    scores: Float64 = rotated @ decoded.astype(np.float64).T + length_credits(decoded)
     return scores
 
 
@@ -145,7 +150,7 @@ class _FaissEngine:
         size, width = codewords.shape
         full = np.zeros((1 << CODE_BITS, width), dtype=np.float32)
         full[:size] = codewords
-        index = faiss.IndexPQ(slots * width, slots, CODE_BITS, faiss.METRIC_INNER_PRODUCT)
+        index = faiss.IndexPQ(slots * width, slots, CODE_BITS, faiss.METRIC_L2)
         faiss.copy_array_to_vector(np.tile(full, (slots, 1)).ravel(), index.pq.centroids)
         index.is_trained = True
         index.add_sa_codes(np.ascontiguousarray(packed))
@@ -156,9 +161,11 @@ class _FaissEngine:
 
     def search(self, question_slots: Float32, k: int) -> Found:
         """See :class:`_Engine`."""
-        flat = np.ascontiguousarray(question_slots.reshape(len(question_slots), -1))
-        scores, positions = self.index.search(flat, k)
-        return scores, positions
+        flat = question_slots.reshape(len(question_slots), -1)
+        distances, positions = self.index.search(np.ascontiguousarray(flat * np.float32(0.5 / LENGTH_WEIGHT)), k)
+        # |q/2β - x̂|² = |q|²/4β² - (q·x̂ - β|x̂|²)/β
+        best = (flat.astype(np.float64) ** 2).sum(axis=1, keepdims=True) / (4 * LENGTH_WEIGHT) + LENGTH_WEIGHT
+        return (best - LENGTH_WEIGHT * distances).astype(np.float32), positions
 
 
 class _ExactEngine:
@@ -172,7 +179,10 @@ class _ExactEngine:
 
     def search(self, question_slots: Float32, k: int) -> Found:
         """See :class:`_Engine`."""
-        tables = np.einsum("qtd,kd->tqk", question_slots, self._codewords)
+        # Summed over the T slots this makes β·(1 - |x̂|²).
+        lengths = (self._codewords.astype(np.float64) ** 2).sum(axis=1)
+        credit = (LENGTH_WEIGHT * (1 / self._slots - lengths)).astype(np.float32)
+        tables = np.einsum("qtd,kd->tqk", question_slots, self._codewords) + credit
         scores, rows = _nothing(len(question_slots))
         for start in range(0, len(self), _BLOCK_ROWS):
             codes = unpack(self._packed[start : start + _BLOCK_ROWS], self._slots)

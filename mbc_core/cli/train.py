@@ -9,6 +9,8 @@ import click
 from mbc_core.cli.train_encoder import lexicon_command, prepare_command, salience_command, word_code_command
 from mbc_core.cli.train_reader import reader_command
 
+_FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
+
 
 @click.group()
 def train() -> None:
@@ -25,21 +27,38 @@ train.add_command(word_code_command)
 
 
 @train.command("codebook")
-@click.argument("prepared", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("prepared", type=_FOLDER)
 @click.option("--out", "out_dir", type=click.Path(path_type=Path), required=True, help="Folder for the weights.")
 @click.option("--slots", type=int, multiple=True, default=(12, 24), show_default=True, help="T; may be repeated.")
 @click.option("--codewords", type=click.IntRange(1, 512), default=512, show_default=True, help="K.")
 @click.option("--iterations", type=click.IntRange(1), default=100, show_default=True, help="Most k-means passes.")
+@click.option(
+    "--rotation",
+    type=click.Choice(["spread", "random"]),
+    default="spread",
+    show_default=True,
+    help="spread: each slot gets its share of every principal component, for the largest T.",
+)
+@click.option("--measure", type=_FOLDER, multiple=True, help="Prepared folder to measure recall on; may be repeated.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda or auto.")
 def codebook_command(
-    prepared: Path, out_dir: Path, slots: tuple[int, ...], codewords: int, iterations: int, seed: int, device: str
+    prepared: Path,
+    out_dir: Path,
+    slots: tuple[int, ...],
+    codewords: int,
+    iterations: int,
+    rotation: str,
+    measure: tuple[Path, ...],
+    seed: int,
+    device: str,
 ) -> None:
     """Fit codebook version 0 and its rotation on PREPARED, the folder that `mbc train prepare` wrote.
 
     Example: mbc train codebook ./prepared --out mbc_core/weights --slots 12 --slots 24
     """
     from mbc_core.training.codebook import read_prepared, train_codebook
+    from mbc_core.training.recall_codebook import measure_recall, spread_rotation
 
     embeddings, held_out, sources = read_prepared(prepared)
     train_codebook(
@@ -52,6 +71,8 @@ def codebook_command(
         device=device,
         held_out=held_out,
         sources=sources,
+        rotation=spread_rotation(embeddings, max(slots), seed) if rotation == "spread" else None,
+        measured=(lambda *weights: measure_recall({one.name: one for one in measure}, *weights)) if measure else None,
         progress=lambda line: click.echo(line, err=True),
     )
 

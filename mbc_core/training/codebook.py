@@ -33,6 +33,7 @@ DEFAULT_MASS = 2_000_000.0
 """Vectors that version 0 counts for in later updates: τ, so that the decayed mass starts at its steady state."""
 
 Progress = Callable[[str], None]
+Measure = Callable[[Rotation, Codebook, int], Mapping[str, Any]]
 
 _FIXED_POINT_BITS = 28
 _CHUNK_VECTORS = 1 << 16
@@ -67,9 +68,11 @@ def train_codebook(
     device: str = "auto",
     held_out: HeldOutQuestions | None = None,
     sources: Mapping[str, int] | None = None,
+    rotation: Rotation | None = None,
+    measured: Measure | None = None,
     progress: Progress = lambda line: None,
 ) -> list[dict[str, Any]]:
-    """Draw a rotation, fit one codebook for each T and write them with a card each.
+    """Fit one codebook for each T to embeddings in one rotation and write them with a card each.
 
     Writes ``rotation.safetensors`` and, for each T, ``codebook_t<T>.safetensors`` and ``codebook_t<T>.json``.
 
@@ -82,6 +85,8 @@ def train_codebook(
         device: ``cpu``, ``cuda`` or ``auto``.
         held_out: questions to measure recall with; the card says nothing about recall without them.
         sources: rows of training text by source, for the card.
+        rotation: R; drawn at random when None.
+        measured: called with (rotation, codebook, T); what it returns becomes ``recall`` in the card.
 
     Returns:
         The cards, one for each T.
@@ -89,9 +94,9 @@ def train_codebook(
     Raises:
         UsageError: too few embeddings, or a T that does not divide their width.
     """
-    unit = _unit_rows(embeddings)
+    unit = unit_rows(embeddings)
     where = torch.device(resolve_device(device))
-    rotation = Rotation.random(unit.shape[1], seed)
+    rotation = rotation or Rotation.random(unit.shape[1], seed)
     cards: list[dict[str, Any]] = []
     files = {"rotation.safetensors": rotation.to_bytes()}
     for count in slots:
@@ -105,6 +110,8 @@ def train_codebook(
         }
         if held_out is not None and len(held_out.rows):
             card["held_out_recall"] = address_recall(unit, held_out, rotation, book, count, where)
+        if measured is not None:
+            card["recall"] = measured(rotation, book, count)
         card["seconds"] = round(time.monotonic() - started, 1)
         files[f"codebook_t{count}.safetensors"] = book.to_bytes()
         files[f"codebook_t{count}.json"] = (json.dumps(card, indent=2, sort_keys=True) + "\n").encode()
@@ -203,7 +210,7 @@ def address_recall(
         unit: float32 [N, d], the passages searched.
     """
     right = torch.from_numpy(np.asarray(held_out.rows, dtype=np.int64)).to(device)[:, None]
-    asked = to_slots(_unit_rows(held_out.embeddings), rotation, slots)
+    asked = to_slots(unit_rows(held_out.embeddings), rotation, slots)
     question_slots = torch.from_numpy(asked).to(device)
     vectors = to_slots(unit, rotation, slots)
     codes = torch.from_numpy(quantize(vectors, book.codewords).astype(np.int32)).to(device)
@@ -238,7 +245,12 @@ def _fit(
     return Codebook.first(words, counts * (mass / counts.sum())), passes
 
 
-def _unit_rows(embeddings: NDArray[Any]) -> Float32:
+def unit_rows(embeddings: NDArray[Any]) -> Float32:
+    """Embeddings [N, d] of any float dtype → float32 rows of length 1.
+
+    Raises:
+        UsageError: there are none, or a row is zero or not finite.
+    """
     check_array("the embeddings", embeddings, (None, None))
     rows = np.asarray(embeddings, dtype=np.float32)
     lengths = np.linalg.norm(rows, axis=1, keepdims=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from mbc_core.codes import LENGTH_WEIGHT
 from mbc_core.errors import UsageError
 
 _CHUNK_SCORES = 1 << 26
@@ -14,7 +15,7 @@ _CHUNK_SCORES = 1 << 26
 
 
 def code_scores(question_slots: torch.Tensor, codes: torch.Tensor, codewords: torch.Tensor) -> torch.Tensor:
-    """score(q, doc) = Σ_t (R·q)_t · E[c_t] for every question and passage.
+    """score(q, doc) = Σ_t (R·q)_t · E[c_t] + β·(1 - |x̂|²) for every question and passage, as the bank's search has it.
 
     Args:
         question_slots: R·q split into slots, float [q, T, d_c].
@@ -28,11 +29,11 @@ def code_scores(question_slots: torch.Tensor, codes: torch.Tensor, codewords: to
         UsageError: shapes that do not fit.
     """
     _check(question_slots, codes, codewords)
-    passages = _decoded(codes, codewords, question_slots.dtype)
+    passages, credit = _decoded(codes, codewords, question_slots.dtype)
     scores = torch.empty(len(question_slots), len(codes), dtype=question_slots.dtype, device=question_slots.device)
     rows = max(1, _CHUNK_SCORES // max(1, len(codes)))
     for start in range(0, len(question_slots), rows):
-        scores[start : start + rows] = question_slots[start : start + rows].flatten(1) @ passages.T
+        scores[start : start + rows] = question_slots[start : start + rows].flatten(1) @ passages.T + credit
     return scores
 
 
@@ -64,11 +65,11 @@ def nearest_by_code(
             cause=f"there are {len(codes)} passages",
             fix="ask for fewer neighbours",
         )
-    passages = _decoded(codes, codewords, question_slots.dtype)
+    passages, credit = _decoded(codes, codewords, question_slots.dtype)
     best, where = [], []
     rows = max(1, _CHUNK_SCORES // len(codes))
     for start in range(0, len(question_slots), rows):
-        scores = question_slots[start : start + rows].flatten(1) @ passages.T
+        scores = question_slots[start : start + rows].flatten(1) @ passages.T + credit
         if exclude is not None:
             left_out = exclude[start : start + rows].long()
             named = (left_out >= 0).nonzero().squeeze(1)
@@ -79,9 +80,14 @@ def nearest_by_code(
     return torch.cat(best), torch.cat(where)
 
 
-def _decoded(codes: torch.Tensor, codewords: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Codes [n, T] → [n, T · d_c]: a product with decoded rows beats T look-ups on a device made for products."""
-    return codewords.to(dtype)[codes.long()].flatten(1)
+def _decoded(codes: torch.Tensor, codewords: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes [n, T] → (x̂ [n, T · d_c], what its length adds to the score [n]).
+
+    A product with decoded rows beats T look-ups on a device made for products.
+    """
+    rows = codes.long()
+    lengths = (codewords.float() ** 2).sum(dim=1)[rows].sum(dim=1)
+    return codewords.to(dtype)[rows].flatten(1), (LENGTH_WEIGHT * (1 - lengths)).to(dtype)
 
 
 def _check(question_slots: torch.Tensor, codes: torch.Tensor, codewords: torch.Tensor) -> None:
