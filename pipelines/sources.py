@@ -185,6 +185,13 @@ def _remote_files(given: str) -> Iterator[tuple[str, pafs.FileInfo, bool]]:
         listed = filesystem.get_file_info(pafs.FileSelector(root, recursive=True, allow_not_found=True))
     except (OSError, pa.ArrowException) as error:
         raise _cannot_open(given, str(error)) from error
+    if not pattern and not listed:
+        raise UsageError(
+            "the source does not exist",
+            value=given,
+            cause="no file and no folder has that address: the path is misspelt, or there is no such bucket",
+            fix="check the address",
+        )
     prefix = f"{scheme}://{base.rstrip('/')}"
     for info in sorted(listed, key=lambda one: str(one.path)):
         inner = str(info.path)[len(root.rstrip("/")) + 1 :]

@@ -10,6 +10,7 @@ import errno
 import fcntl
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,6 +21,7 @@ from mbc_core.errors import StorageError
 
 _PREFIX = "mbc-staging-"
 _LOCK = "lock"
+_MAKING = 60.0  # seconds within which a new folder is locked
 _OPTIONS = pa.ipc.IpcWriteOptions(compression="zstd")
 
 
@@ -46,6 +48,9 @@ def staging_folder(parent: Path | None) -> Iterator[Path]:
 
 def _remove_abandoned(root: Path) -> None:
     for folder in root.glob(f"{_PREFIX}*"):
+        with suppress(OSError):
+            if not (folder / _LOCK).exists() and time.time() - folder.stat().st_mtime > _MAKING:
+                folder.rmdir()  # its run was killed before it could lock it; nothing is in it
         with suppress(OSError), (folder / _LOCK).open("r+") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while the run that owns it lives
             shutil.rmtree(folder, ignore_errors=True)

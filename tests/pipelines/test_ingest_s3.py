@@ -71,5 +71,5 @@ def test_documents_and_bank_on_s3(tmp_path, bucket):
     bank = Bank.open(f"{bucket}/bank")
     assert len(bank.documents()) == 30
     assert bank.inspect(verify=True)["problems"] == []
-    with pytest.raises(UsageError, match=r"no document file was found: \['s3://missing-bucket/in'\]"):
+    with pytest.raises(UsageError, match=r"the source does not exist: 's3://missing-bucket/in'"):
         find_sources(["s3://missing-bucket/in"])

@@ -26,7 +26,7 @@ from mbc_core.bank.inspect import committed_dead_letters
 
 HERE = Path(__file__).parent
 SEED = 20_240_701
-FEW, MANY = 10, int(os.environ.get("MBC_KILLS", "50"))
+FEW, MANY = 10, int(os.environ.get("MBC_KILLS", "60"))
 LEDGER = ("ingest_id", "slice", "window", "documents_in", "documents", "passages", "duplicates", "replaced")
 
 
@@ -154,7 +154,8 @@ def kill_and_rerun(server: Server, folder: Path, undisturbed, kills: list[tuple[
         assert found[name] == rows, f"{name} differ after {kills}"
     assert bank.inspect(verify=True)["problems"] == []
     assert answer["result"][-1]["documents_in"] == 37
-    assert not any((folder / "work" / "staging").iterdir()), "the next run removes what a killed one left"
+    # The next run removes what a killed one left: but for an empty folder, when it died before it could lock it.
+    assert [*(folder / "work" / "staging").glob("*/*")] == []
     return deaths
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import random
 
 import numpy as np
@@ -253,3 +254,16 @@ def test_a_full_disk_is_said_plainly(tmp_path):
         staging_errors(tmp_path),
     ):
         raise OSError(28, "No space left on device")
+
+
+def test_folders_of_runs_that_were_killed_are_removed_by_the_next(tmp_path):
+    dead, fresh, old = (tmp_path / f"mbc-staging-{name}" for name in ("dead", "fresh", "old"))
+    for one in (dead, fresh, old):
+        one.mkdir()
+    (dead / "lock").touch()
+    (dead / "chunk").touch()
+    os.utime(old, (0, 0))
+    with staging_folder(tmp_path) as mine, staging_folder(tmp_path) as other:
+        assert mine.is_dir() and other.is_dir(), "a run that lives keeps its folder"
+        assert not dead.exists() and not old.exists()
+        assert fresh.exists(), "another run may be about to lock it"
