@@ -4,7 +4,8 @@ A codebook fitted to a narrow set lowers the error and loses recall: its codewor
 in common, and then nothing tells them apart. So a new version's words are judged the way they will be used. Each
 held-out passage (a probe) is asked for by its own embedding with the difference of two other probes added, which
 leaves it about as close to its passage as a question is; what counts is the log-probability of finding the right
-passage by its codes among all probes. No text is needed, and nothing is random: probes come in the order of a hash.
+passage among all probes by the score that recall uses. No text is needed, and nothing is random: probes come in the
+order of a hash.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mbc_core.codes import Float32, Float64, decode, exact_inner_products, quantize
+from mbc_core.codes import Float32, Float64, decode, exact_inner_products, length_credits, quantize
 
 FEWEST_PROBES = 32
 """With fewer nothing can be told, and the words stay."""
@@ -85,10 +86,11 @@ def log_probabilities(probes: Float32, codewords: Float32) -> Float64:
     places = np.arange(count)
     flat = probes.reshape(count, -1)
     stored = decode(quantize(probes, codewords), codewords)
+    credits = length_credits(stored)
     total = np.zeros(count)
     for one, other in _OTHERS:
         questions = flat + (np.roll(flat, -one, axis=0) - np.roll(flat, -other, axis=0))
-        logits = exact_inner_products(questions, stored) / _TEMPERATURE
+        logits = (exact_inner_products(questions, stored) + credits) / _TEMPERATURE
         logits -= logits.max(axis=1, keepdims=True)
         total += logits[places, places] - np.log(np.exp(logits).sum(axis=1))
     means: Float64 = total / len(_OTHERS)

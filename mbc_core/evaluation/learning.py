@@ -1,4 +1,4 @@
-"""What a learning codebook is worth: the same stream coded with the chain of versions and with frozen version 0.
+"""What a learning codebook is worth: the same stream coded with chains that learn, and with frozen version 0.
 
 Passages arrive in windows; each window is coded with the version the chain allows it, its statistics go into the
 chain, and then every question about what is stored so far is looked up among all codes stored so far, whatever
@@ -14,7 +14,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from mbc_core.codebook.chain import CodebookChain
+from mbc_core.codebook.chain import MOST_VERSIONS, CodebookChain
 from mbc_core.codebook.files import Codebook
 from mbc_core.codebook.statistics import BatchStatistics
 from mbc_core.codebook.update import UpdateRule, perplexity
@@ -62,6 +62,7 @@ class Side:
         error: Σ ‖z − E_c‖² / Σ ‖z‖² over the window.
         hits: bool [q', 2], for every question about what is stored so far: found at rank 1, within rank 5.
         published: number of the version published at the end of this window, or None. resets: its reset codes.
+        step: share of the way that its words went.
     """
 
     version: int
@@ -71,24 +72,24 @@ class Side:
     hits: NDArray[np.bool_]
     published: int | None = None
     resets: int = 0
+    step: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One window of the stream, coded both ways.
+    """One window of the stream, coded every way.
 
     Attributes:
         window: number. start, end: its passages.
         asked: int64 [q'], numbers of the questions about what is stored so far.
-        learning, frozen: the two ways.
+        sides: one a rule, in their order.
     """
 
     window: int
     start: int
     end: int
     asked: NDArray[np.int64]
-    learning: Side
-    frozen: Side
+    sides: tuple[Side, ...]
 
 
 def cut_windows(keys: NDArray[np.int64], least: int) -> list[tuple[int, int]]:
@@ -117,26 +118,31 @@ def compare(
     rotation: Rotation,
     slots: int,
     windows: Sequence[tuple[int, int]],
-    rule: UpdateRule | None = None,
+    rules: Sequence[UpdateRule | None],
 ) -> Iterator[Step]:
-    """Code the stream window by window, learning and frozen, and look up every question after each.
+    """Code the stream window by window, by every rule, and look up every question after each window.
 
     Args:
         codebook: version 0. rotation: R. slots: T.
         windows: (start, end) of consecutive windows; each stands for one day in the chain's calendar.
-        rule: how the codebook learns; the default when None.
+        rules: how the codebook learns; None keeps version 0 for everything.
 
     Raises:
         UsageError: windows that do not follow each other, or pieces that do not fit.
     """
     _require_consecutive(windows, len(stream.embeddings))
-    learning = _Coder(CodebookChain([codebook], window_seconds=_DAY_SECONDS, rule=rule), rotation, slots)
-    frozen = _Coder(CodebookChain([codebook], window_seconds=_DAY_SECONDS, most_versions=1), rotation, slots)
+    chains = [
+        CodebookChain(
+            [codebook], window_seconds=_DAY_SECONDS, rule=rule, most_versions=1 if rule is None else MOST_VERSIONS
+        )
+        for rule in rules
+    ]
+    coders = [_Coder(chain, rotation, slots) for chain in chains]
     for number, (start, end) in enumerate(windows):
         asked = np.flatnonzero(stream.rows < end)
         z = to_slots(stream.embeddings[start:end], rotation, slots)
-        sides = [one.step(number, z, stream, (start, end), asked) for one in (learning, frozen)]
-        yield Step(number, start, end, asked, *sides)
+        sides = tuple(one.step(number, z, stream, (start, end), asked) for one in coders)
+        yield Step(number, start, end, asked, sides)
 
 
 class _Coder:
@@ -162,6 +168,7 @@ class _Coder:
             hits=self._look_up(stream, asked),
             published=None if update is None else update.codebook.version,
             resets=0 if update is None else update.resets,
+            step=0.0 if update is None else update.step.share,
         )
 
     def _look_up(self, stream: Stream, asked: NDArray[np.int64]) -> NDArray[np.bool_]:

@@ -28,6 +28,11 @@ from mbc_core.evaluation.learning import KS, Stream, compare, cut_windows
 from tests.bench.stream_cache import cached, dated, wikipedia
 
 WINDOW_PASSAGES = 1_000
+FROZEN, LEARNING, NARROW = "frozen", "learning", "narrow"
+TRAP = UpdateRule(tau=10_000.0, anchor=10_000.0, growth=0.0, judged=False)
+"""The deliberate mistake: each version fits the last window or so, unanchored, and nobody asks about recall."""
+
+_FIELDS = ("version", "used", "perplexity", "error", "resets", "published", "step")
 
 
 def streams(options: argparse.Namespace) -> dict[str, Stream]:
@@ -39,26 +44,29 @@ def streams(options: argparse.Namespace) -> dict[str, Stream]:
     return found
 
 
-def measure(stream: Stream, slots: int, rule: UpdateRule, least: int) -> dict[str, Any]:
-    """All windows of one stream at one T, and what they come to."""
+def measure(stream: Stream, slots: int, rules: dict[str, UpdateRule | None], least: int) -> dict[str, Any]:
+    """All windows of one stream at one T, and what they come to beside frozen version 0."""
     windows = cut_windows(stream.keys, least)
     rows, last = [], None
-    for step in compare(stream, defaults.codebook(slots), defaults.rotation(), slots, windows, rule):
-        sides = {}
-        for name in ("learning", "frozen"):
-            side = getattr(step, name)
+    for step in compare(stream, defaults.codebook(slots), defaults.rotation(), slots, windows, [*rules.values(), None]):
+        row: dict[str, Any] = {"window": step.window, "passages": step.end - step.start, "questions": len(step.asked)}
+        for name, side in zip([*rules, FROZEN], step.sides, strict=True):
             recall = {f"r@{k}": float(side.hits[:, place].mean()) for place, k in enumerate(KS)}
-            sides[name] = {one: getattr(side, one) for one in ("version", "used", "perplexity", "error", "resets")}
-            sides[name] |= {"published": side.published} | recall
-        rows.append({"window": step.window, "passages": step.end - step.start, "questions": len(step.asked)} | sides)
+            row[name] = {one: getattr(side, one) for one in _FIELDS} | recall
+        rows.append(row)
         last = step
     assert last is not None
     late = stream.rows[last.asked] >= windows[len(windows) // 2][0]
-    summary = {"all": _paired(last.learning.hits, last.frozen.hits)}
-    summary["second_half"] = _paired(last.learning.hits[late], last.frozen.hits[late])
-    summary["least_difference"] = {
-        f"r@{k}": min(row["learning"][f"r@{k}"] - row["frozen"][f"r@{k}"] for row in rows) for k in KS
-    }
+    frozen = last.sides[-1].hits
+    summary = {}
+    for name, side in zip(rules, last.sides, strict=False):
+        summary[name] = {
+            "all": _paired(side.hits, frozen),
+            "second_half": _paired(side.hits[late], frozen[late]),
+            "least_difference": {
+                f"r@{k}": min(row[name][f"r@{k}"] - row[FROZEN][f"r@{k}"] for row in rows) for k in KS
+            },
+        }
     return {"windows": rows, "summary": summary}
 
 
@@ -76,28 +84,31 @@ def _paired(learning: np.ndarray, frozen: np.ndarray) -> dict[str, Any]:
     return found
 
 
-def table(found: dict[str, Any]) -> str:
-    """For people: a line a window, `learning / frozen` in each column."""
-    lines = [
-        "window passages questions version     used %  perplexity/K         error           R@1           R@5  resets"
-    ]
+def table(found: dict[str, Any], name: str) -> str:
+    """For people: a line a window, `name / frozen` in each column."""
+    lines = [f"{name} / frozen"]
+    lines.append(
+        "window passages questions version step        used %  perplexity/K         error           R@1           R@5"
+        " resets"
+    )
     for row in found["windows"]:
-        both = [row["learning"], row["frozen"]]
+        both = [row[name], row[FROZEN]]
         used = " / ".join(f"{100 * one['used']:.1f}" for one in both)
-        values = [" / ".join(f"{one[name]:.3f}" for one in both) for name in ("perplexity", "error", "r@1", "r@5")]
+        values = [" / ".join(f"{one[field]:.3f}" for one in both) for field in ("perplexity", "error", "r@1", "r@5")]
         lines.append(
-            f"{row['window']:6d} {row['passages']:8d} {row['questions']:9d} {row['learning']['version']:7d} "
-            f"{used:>13s} {values[0]:>13s} {values[1]:>13s} {values[2]:>13s} {values[3]:>13s} "
-            f"{row['learning']['resets']:7d}"
+            f"{row['window']:6d} {row['passages']:8d} {row['questions']:9d} {both[0]['version']:7d} "
+            f"{both[0]['step']:4.2f} {used:>13s} "
+            f"{values[0]:>13s} {values[1]:>13s} {values[2]:>13s} {values[3]:>13s} {both[0]['resets']:6d}"
         )
-    for name, one in found["summary"].items():
-        if name != "least_difference":
-            told = ", ".join(
-                f"R@{k} {one[f'r@{k}']['learning']:.4f} learning, {one[f'r@{k}']['frozen']:.4f} frozen "
-                f"({one[f'r@{k}']['difference']:+.4f} ± {one[f'r@{k}']['standard_error']:.4f})"
-                for k in KS
-            )
-            lines.append(f"{name.replace('_', ' ')}, {one['questions']} questions: {told}")
+    summary = found["summary"][name]
+    for part in ("all", "second_half"):
+        told = ", ".join(
+            f"R@{k} {one['learning']:.4f} / {one['frozen']:.4f} "
+            f"({one['difference']:+.4f} ± {one['standard_error']:.4f})"
+            for k, one in ((k, summary[part][f"r@{k}"]) for k in KS)
+        )
+        lines.append(f"{part.replace('_', ' ')}, {summary[part]['questions']} questions: {told}")
+    lines.append(f"least difference after any window: {summary['least_difference']}")
     return "\n".join(lines)
 
 
@@ -110,17 +121,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--slots", type=int, nargs="+", default=[24], choices=[12, 24])
     parser.add_argument("--window-passages", type=int, default=WINDOW_PASSAGES)
     parser.add_argument("--rule", type=json.loads, default={}, help='fields of UpdateRule as JSON: {"tau": 1e5}')
+    parser.add_argument("--trap", action="store_true", help="also a codebook refitted to each window, to see it lose")
     parser.add_argument("--json", action="store_true", dest="as_json", help="one JSON object on standard output")
     options = parser.parse_args(argv)
+    rules: dict[str, UpdateRule | None] = {LEARNING: UpdateRule(**options.rule)} | (
+        {NARROW: TRAP} if options.trap else {}
+    )
     results: dict[str, Any] = {"rule": options.rule}
+    out = sys.stderr if options.as_json else sys.stdout
     for name, stream in streams(options).items():
         for slots in options.slots:
             began = time.monotonic()
-            found = measure(stream, slots, UpdateRule(**options.rule), options.window_passages)
-            results[f"{name} T={slots}"] = found
+            found = results[f"{name} T={slots}"] = measure(stream, slots, rules, options.window_passages)
             told = f"{name}, T = {slots}: {len(stream.embeddings)} passages, {len(stream.rows)} cloze questions"
-            out = sys.stderr if options.as_json else sys.stdout
-            print(f"{told}, {time.monotonic() - began:.0f} s\n{table(found)}\n", file=out, flush=True)
+            print(f"{told}, {time.monotonic() - began:.0f} s", file=out)
+            for rule in rules:
+                print(f"{table(found, rule)}\n", file=out, flush=True)
     if options.as_json:
         print(json.dumps(results))
     return 0

@@ -17,7 +17,7 @@ from mbc_core.codebook.judge import FEWEST_PROBES, STEPS, choose_step, log_proba
 from mbc_core.codebook.samples import PROBES, RESET_SINCE, Probes
 from mbc_core.codebook.statistics import BatchStatistics
 from mbc_core.codebook.update import UpdateRule, update
-from mbc_core.codes import Rotation, quantize, to_slots
+from mbc_core.codes import LENGTH_WEIGHT, Rotation, quantize, to_slots
 from mbc_core.errors import UsageError
 
 SLOTS, WIDTH = 4, 32
@@ -60,7 +60,7 @@ def test_log_probabilities_are_those_of_a_plain_loop():
         expected = []
         for one, other in ((1, 2), (3, 7), (9, 17), (19, 30)):
             question = flat[place] + flat[(place + one) % 40] - flat[(place + other) % 40]
-            logits = stored @ question / 0.05
+            logits = (stored @ question + LENGTH_WEIGHT * (1 - (stored**2).sum(axis=1))) / 0.05
             expected.append(logits[place] - math.log(sum(math.exp(one) for one in logits)))
         assert found == pytest.approx(sum(expected) / 4, abs=1e-5)
 

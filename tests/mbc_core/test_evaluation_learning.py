@@ -10,6 +10,7 @@ from mbc_core.codebook.update import UpdateRule
 from mbc_core.codes import Rotation, decode, quantize, to_slots
 from mbc_core.errors import UsageError
 from mbc_core.evaluation.learning import Stream, compare, cut_windows
+from mbc_core.recall import exhaustive_scores
 
 SLOTS, WIDTH, COUNT = 4, 32, 240
 ROTATION = Rotation.random(WIDTH, seed=1)
@@ -38,11 +39,11 @@ def test_windows_are_whole_documents_and_a_short_rest_joins_the_last():
 
 
 def test_versions_lag_two_windows_and_frozen_never_moves():
-    steps = list(compare(stream(), BOOK, ROTATION, SLOTS, WINDOWS, EAGER))
-    assert [one.learning.version for one in steps] == [0, 0, 1, 2, 3, 4]
-    assert [one.learning.published for one in steps] == [1, 2, 3, 4, 5, 6]
-    assert {one.frozen.version for one in steps} == {0}
-    assert {one.frozen.published for one in steps} == {None}
+    steps = list(compare(stream(), BOOK, ROTATION, SLOTS, WINDOWS, [EAGER, None]))
+    assert [one.sides[0].version for one in steps] == [0, 0, 1, 2, 3, 4]
+    assert [one.sides[0].published for one in steps] == [1, 2, 3, 4, 5, 6]
+    assert {one.sides[1].version for one in steps} == {0}
+    assert {one.sides[1].published for one in steps} == {None}
     assert [(one.start, one.end) for one in steps] == WINDOWS
 
 
@@ -51,17 +52,17 @@ def test_frozen_figures_are_those_of_a_plain_computation():
     vectors = to_slots(given.embeddings, ROTATION, SLOTS)
     codes = quantize(vectors, BOOK.codewords)
     stored = decode(codes, BOOK.codewords)
-    for one in compare(given, BOOK, ROTATION, SLOTS, WINDOWS, EAGER):
+    for one in compare(given, BOOK, ROTATION, SLOTS, WINDOWS, [EAGER, None]):
         here = slice(one.start, one.end)
         counts = np.bincount(codes[here].ravel(), minlength=12)
         share = counts[counts > 0] / counts.sum()
-        assert one.frozen.used == pytest.approx((counts > 0).mean())
-        assert one.frozen.perplexity == pytest.approx(np.exp(-(share * np.log(share)).sum()) / 12)
+        assert one.sides[1].used == pytest.approx((counts > 0).mean())
+        assert one.sides[1].perplexity == pytest.approx(np.exp(-(share * np.log(share)).sum()) / 12)
         wrong = ((vectors[here].reshape(-1, WIDTH) - stored[here]) ** 2).sum() / (vectors[here] ** 2).sum()
-        assert one.frozen.error == pytest.approx(wrong, rel=1e-4)
+        assert one.sides[1].error == pytest.approx(wrong, rel=1e-4)
         assert one.asked.tolist() == [number for number, row in enumerate(given.rows) if row < one.end]
-        scores = ROTATION.apply(given.questions[one.asked]) @ stored[: one.end].T
-        for question, (first, fifth) in enumerate(one.frozen.hits):
+        scores = exhaustive_scores(given.questions[one.asked], ROTATION, codes[: one.end], BOOK.codewords)
+        for question, (first, fifth) in enumerate(one.sides[1].hits):
             row = given.rows[one.asked[question]]
             above = int((scores[question] > scores[question, row] + 1e-5).sum())
             tied = int((np.abs(scores[question] - scores[question, row]) <= 1e-5).sum())
@@ -70,15 +71,15 @@ def test_frozen_figures_are_those_of_a_plain_computation():
 
 
 def test_learning_changes_what_is_found():
-    last = list(compare(stream(), BOOK, ROTATION, SLOTS, WINDOWS, EAGER))[-1]
-    assert last.learning.error < last.frozen.error
-    assert (last.learning.hits != last.frozen.hits).any()
+    last = list(compare(stream(), BOOK, ROTATION, SLOTS, WINDOWS, [EAGER, None]))[-1]
+    assert last.sides[0].error < last.sides[1].error
+    assert (last.sides[0].hits != last.sides[1].hits).any()
 
 
 def test_wrong_windows_are_refused():
     for windows in ([(0, 10)], [(0, 200), (201, COUNT)], [(0, 0), (0, COUNT)]):
         with pytest.raises(UsageError, match="windows do not cut the stream"):
-            list(compare(stream(), BOOK, ROTATION, SLOTS, windows))
+            list(compare(stream(), BOOK, ROTATION, SLOTS, windows, [None]))
 
 
 def test_a_stream_that_does_not_fit_is_refused():
