@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shutil
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -31,13 +33,13 @@ class Died(Exception):
     """Stands for the death of the process: from then on nothing is written any more."""
 
 
-def count_operations(monkeypatch, die_at=None):
-    """Count writes and commits, before and after each; from moment ``die_at`` on each raises."""
+def count_operations(monkeypatch, die_at=None, for_good=True):
+    """Count writes and commits, before and after each; from moment ``die_at`` on each raises, or only that one."""
     seen: list[str] = []
 
     def tick(name):
         seen.append(name)
-        if die_at is not None and len(seen) >= die_at:
+        if die_at is not None and (len(seen) >= die_at if for_good else len(seen) == die_at):
             raise Died(name)
 
     write, transact = Storage.write_new, commit.DeltaTable.create_write_transaction
@@ -160,6 +162,19 @@ def sum_of(bank):
     return {name: sum(row[name] for row in rows) for name in (*COUNTS, "passages")}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("share", [0.2, 0.43, 0.61, 0.83])
+def test_a_store_that_fails_once_does_not_end_the_stream(tmp_path, undisturbed, share):
+    """The runner tries the bundle again: nothing is learned, stored or counted twice."""
+    codes, counts, _, operations = undisturbed
+    bank = new_bank(tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        count_operations(patch, round(share * operations), for_good=False)
+        run(STEPS, plan(bank))
+    assert held(bank) == codes
+    assert panes(bank) == counts
+
+
 def test_a_finished_stream_run_again_adds_nothing(tmp_path):
     bank = new_bank(tmp_path)
     bad = document("bad", HOUR, "POISON here")
@@ -193,6 +208,35 @@ def test_two_streams_into_one_window_lose_nothing(tmp_path):
     run([document("b", HOUR), document("both", HOUR)], plan_of(bank, "two"))
     assert stored(bank) == [(name, day(0)) for name in ("a", "b", "both")]
     assert panes(bank, "two") == {(day(0), 0, day(0)): {"documents_in": 2, "documents": 1, "duplicates": 1}}
+
+
+SHARES = {
+    name: sorted({*DOCUMENTS[::5], *DOCUMENTS[place::2]}, key=lambda one: one.event_time)
+    for place, name in enumerate("ab")
+}
+"""Each stream has every second document, and every fifth is in both."""
+
+
+def stream_share(uri, name):
+    run(live_steps(SHARES[name]), plan_of(Bank.open(uri), name, rule=QUICK))
+
+
+@pytest.mark.slow
+def test_two_streams_at_once_into_the_same_windows(tmp_path):
+    """In two processes: Beam's TestStream keeps its place in the class."""
+    bank = new_bank(tmp_path)
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        for done in [pool.submit(stream_share, bank.uri, name) for name in SHARES]:
+            done.result()
+    codes = bank.read("codes", ["key", "passage"]).to_pylist()
+    assert len({(row["key"], row["passage"]) for row in codes}) == len(codes), "no passage twice"
+    assert {row["key"] for row in codes} == {one.key(bank.manifest.salt) for one in DOCUMENTS}
+    counts = [sum(row[name] for row in bank.read("ledger").to_pylist()) for name in COUNTS]
+    seen = sum(map(len, SHARES.values()))
+    assert counts == [seen, len(DOCUMENTS), seen - len(DOCUMENTS), 0]
+    versions = bank.codebooks().versions
+    assert [one.parent for one in versions] == [None, *range(len(versions) - 1)]
+    assert len(versions) > 1
 
 
 def test_what_the_bank_was_told_to_forget_is_refused_and_counted(tmp_path):
