@@ -140,8 +140,8 @@ class LatestRevisions:
             place = np.minimum(np.searchsorted(now.keys, keys), len(now.keys) - 1)
             known = now.keys[place] == keys
             result[known] = Standing.REVISION
-            newer = (now.times[place] > times) | ((now.times[place] == times) & _greater(now.hashes[place], hashes))
-            result[known & now.mine[place] & newer] = Standing.OLDER
+            # Of equal times the later one stands: a text was corrected and kept its date.
+            result[known & now.mine[place] & (now.times[place] > times)] = Standing.OLDER
             same = known & (hash_pairs(now.hashes[place]) == hash_pairs(hashes)).all(axis=1)
             result[same] = Standing.DUPLICATE
         result[self._tombstones.forgotten(keys)] = Standing.FORGOTTEN
@@ -200,12 +200,3 @@ class LatestRevisions:
         if not known and not added:
             return self._bank.read("documents", _DOCUMENT_COLUMNS)
         return pa.concat_tables([*known, *added]).combine_chunks()
-
-
-def _greater(one: npt.NDArray[np.uint8], other: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
-    """Which hashes [n, 16] are greater, compared byte by byte."""
-    left, right = (np.ascontiguousarray(half).view(">u8") for half in (one, other))
-    greater: npt.NDArray[np.bool_] = (left[:, 0] > right[:, 0]) | (
-        (left[:, 0] == right[:, 0]) & (left[:, 1] > right[:, 1])
-    )
-    return greater

@@ -67,7 +67,7 @@ class _Note(beam.DoFn):
 def test_files_that_come_and_change_while_it_runs(world):
     first = corpus(40)
     world.put("a.jsonl", first)
-    revised = Document("doc-3", "Quite another text.", event_time=first[3].event_time)
+    revised = Document("doc-3", "A corrected text that keeps its date.", event_time=first[3].event_time)
 
     def drive():
         wait_for(lambda: len(world.visible()) >= 30, "the first commit")

@@ -256,7 +256,7 @@ def test_what_is_no_subscription_is_refused_before_any_work(world, service):
         with pytest.raises(UsageError, match="is not a subscription") as caught:
             subscription_of(wrong)
         assert wrong in str(caught.value)
-    with pytest.raises(UsageError, match="the subscription does not exist: 'projects/.*/wrong-name'"):
+    with pytest.raises(UsageError, match=r"the subscription does not exist: 'projects/.*/wrong-name'"):
         world.run(sources=["pubsub://projects/some-project/subscriptions/wrong-name"])
     assert not (world.folder / "bank").exists()
     check_subscription(SUBSCRIPTION)
