@@ -61,6 +61,21 @@ def test_a_version_is_registered_once_and_read_back_the_same(bank):
     assert [book.version for book in bank.codebooks().versions] == [0, 1]
 
 
+def test_loading_the_chain_reads_the_table_once_whatever_its_length(bank, monkeypatch):
+    for day in range(4):
+        change = _update(bank.codebook(day), day, day)
+        register_codebook(bank, change.codebook, change)
+    read, tables = Bank.read, []
+
+    def counted(self, table, *args, **kwargs):
+        tables.append(table)
+        return read(self, table, *args, **kwargs)
+
+    monkeypatch.setattr(Bank, "read", counted)
+    assert len(Bank.open(bank.uri).codebooks().versions) == 5
+    assert tables.count("codebook_versions") == 1
+
+
 def test_another_codebook_under_a_taken_version_is_refused(bank):
     mine, theirs = _update(bank.codebook(0), 1, 0), _update(bank.codebook(0), 2, 0)
     register_codebook(bank, theirs.codebook, theirs, ingest_id="theirs", slice_name="0")
