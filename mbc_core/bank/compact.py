@@ -8,7 +8,7 @@ Killed at any moment and run again, it goes on from what it finds.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -40,7 +40,7 @@ HISTORY = 30 * 86_400.0
 """Seconds for which superseded revisions are kept, for reading the bank as of then."""
 
 MERGED_TABLES = ("codes", "documents", "replay", "dead_letter", "ledger")
-_ROWS_AT_ONCE = 400_000
+_ROWS_AT_ONCE, _BYTES_AT_ONCE = 400_000, 128 << 20  # of one commit: what is held in memory
 _ATTEMPTS = 12
 
 Say = Callable[[str], None]
@@ -203,7 +203,7 @@ def _next_step(bank: Bank, table: str, rule: Callable[[], Dropped] | None, fresh
     seen = bank.table(table)
     files = files_of(seen)
     dropped = None if rule is None else rule()
-    chosen = _choose(bank, table, files.keys() - fresh, dropped)
+    chosen = _choose(bank, table, {path: size for path, size in files.items() if path not in fresh}, dropped)
     rows = [bank.read_file(table, path) for path in chosen]
     kept = [part if dropped is None else part.filter(pa.array(~dropped(part))) for part in rows]
     return _Step(seen, {path: files[path] for path in chosen}, rows, kept) if chosen else None
@@ -215,8 +215,9 @@ def _count(work: _Work, table: str, step: _Step, shards: int) -> None:
     work.dropped[table] = work.dropped.get(table, 0) + gone
 
 
-def _choose(bank: Bank, table: str, files: Set[str], dropped: Dropped | None) -> list[str]:
-    """Files to replace in the next commit: small ones when there are two or more, and those with rows that go."""
+def _choose(bank: Bank, table: str, files: Mapping[str, int], dropped: Dropped | None) -> list[str]:
+    """Files (path → bytes) to replace in the next commit: small ones when there are two or more, and those with rows
+    that go."""
     columns = [name for name in ("key", "ingest_id", "added_at") if name in _columns(table)]
     small, dirty, sizes = [], [], {}
     for path in sorted(files):
@@ -230,8 +231,10 @@ def _choose(bank: Bank, table: str, files: Set[str], dropped: Dropped | None) ->
     if not dirty and len(small) < 2:
         return []
     chosen: list[str] = []
+    many, heavy = 0, 0
     for path in dirty + small:
-        if chosen and sum(sizes[one] for one in chosen) + sizes[path] > _ROWS_AT_ONCE:
+        many, heavy = many + sizes[path], heavy + files[path]
+        if chosen and (many > _ROWS_AT_ONCE or heavy > _BYTES_AT_ONCE):
             break
         chosen.append(path)
     return chosen if len(chosen) > 1 or dirty else []

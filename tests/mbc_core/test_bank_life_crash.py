@@ -83,6 +83,7 @@ def test_a_death_at_some_steps(tmp_path, what):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("what", ["forget", "compact"])
 def test_killed_after_every_step(tmp_path, what):
     bank = template(tmp_path / "template")
@@ -93,7 +94,7 @@ def test_killed_after_every_step(tmp_path, what):
         shutil.copytree(bank.uri, place)
     command = [sys.executable, str(Path(__file__).with_name("life_crash.py")), what]
     told = [str(one) for pair in zip(stops, places, strict=True) for one in pair]
-    done = subprocess.run([*command, *told], capture_output=True, text=True, timeout=550, check=True)
+    done = subprocess.run([*command, *told], capture_output=True, text=True, timeout=1200, check=True)
     reports = [json.loads(line) for line in done.stdout.splitlines()]
     assert [report["exit"] for report in reports] == [-9] * len(stops)
     assert [len(report["steps"]) for report in reports] == [stop + 1 for stop in stops]
