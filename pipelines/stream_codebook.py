@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from mbc_core.bank import Bank, SliceId, drop_folded_statistics
-from mbc_core.bank.codebooks import version_rows
 from mbc_core.codebook.chain import CodebookChain
 from mbc_core.codebook.files import Codebook
 from mbc_core.codebook.statistics import BatchStatistics
 from mbc_core.codebook.update import UpdateRule
-from mbc_core.errors import StorageError
+from mbc_core.errors import LostRace
 from pipelines.codebook_store import BankCodebooks
 
 _TABLE = "codebook_versions"
@@ -40,7 +39,7 @@ class LiveCodebooks:
     def version_for(self, window: str) -> Codebook:
         """The version that codes of ``window`` are made with: the one its first commit recorded, if there was one."""
         if self._find_table_version() != self._table_version:
-            self._follow()
+            self._follow(self._ingest_id)
         known = self._chosen.get(window)
         if known is None:
             return self._chain.version_for(window)
@@ -57,7 +56,7 @@ class LiveCodebooks:
             The file that the commit's ledger row must name, while no version has taken the statistics in.
 
         Raises:
-            StorageError: the store refused, or other runs published first every time.
+            LostRace: other runs published first every time. StorageError: the store refused.
         """
         store = self._store(slice_id.name, slice_id.pane)
         for attempt in range(_ATTEMPTS):
@@ -66,11 +65,12 @@ class LiveCodebooks:
                 return self._keep(store, window, statistics)
             try:
                 store.publish(update)
-            except StorageError:
-                registered = version_rows(self._bank).get(update.codebook.version)
-                if registered is None or attempt == _ATTEMPTS - 1:
+            except LostRace:
+                if attempt == _ATTEMPTS - 1:
                     raise
-                self._follow()  # another run was faster: go on from its version, with the same statistics
+                # Another run was faster, or this one published before it died and saw the window otherwise then:
+                # go on from the version that is there.
+                self._follow(resuming=None)
             else:
                 self._table_version = self._find_table_version()
                 return None
@@ -98,10 +98,10 @@ class LiveCodebooks:
         waits = window in self._chain.pending_windows
         return store.keep(window, statistics) if waits else None
 
-    def _follow(self) -> None:
+    def _follow(self, resuming: str | None) -> None:
         """Take the chain as the bank has it now; what this ingest has committed is in it."""
         self._table_version = self._find_table_version()
-        self._chain = self._bank.codebooks(self._rule, resuming=self._ingest_id)
+        self._chain = self._bank.codebooks(self._rule, resuming=resuming)
 
     def _find_table_version(self) -> int:
         return int(self._bank.table(_TABLE).version())
