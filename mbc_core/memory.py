@@ -26,6 +26,7 @@ from mbc_core.bank import Bank
 from mbc_core.codes import Rotation, code_size
 from mbc_core.errors import DamagedFile, IncompatibleBank, UsageError
 from mbc_core.recall import Part, RecallIndex
+from mbc_core.rerank import DEPTH, reranked
 from schemas.results import AskResult, Source
 
 if TYPE_CHECKING:
@@ -57,7 +58,8 @@ class Recalled:
     Attributes:
         doc_id, title: of its document.
         event_time: when its document happened, UTC; None when it has no date.
-        score: of its address, an estimate of the cosine (:mod:`mbc_core.recall`).
+        score: of its address, an estimate of the cosine (:mod:`mbc_core.recall`), and what its words add to it
+            (:mod:`mbc_core.rerank`).
         words: what its word codes say; empty in banks without word codes.
         key, passage: where it stands in the bank.
     """
@@ -154,8 +156,12 @@ class Memory:
     def __len__(self) -> int:
         return len(self._index)
 
-    def recall(self, questions: Sequence[str], k: int = 5) -> list[list[Recalled]]:
+    def recall(self, questions: Sequence[str], k: int = 5, *, rerank: bool = True) -> list[list[Recalled]]:
         """The ``k`` best passages for each question, best first; fewer when the bank holds fewer.
+
+        Args:
+            rerank: look again at what the addresses found, by the words it keeps (:mod:`mbc_core.rerank`); has no
+                effect in a bank without word codes.
 
         Raises:
             UsageError: an empty question, or k below 1.
@@ -163,14 +169,27 @@ class Memory:
         if not questions:
             return []
         _require_words(questions)
-        scores, rows = self.search(self.encoder.encode_questions(questions), k)
+        embeddings = self.encoder.encode_questions(questions)
+        scores, rows = self.search(embeddings, k, questions=questions if rerank else None)
         flat = self._recalled(rows.ravel(), scores.ravel())
         width = rows.shape[1]
         return [flat[place * width : (place + 1) * width] for place in range(len(questions))]
 
-    def search(self, embeddings: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Scores float32 and row numbers int64, both [q, min(k, passages)], for question embeddings [q, d]."""
-        return self._index.search(embeddings, k)
+    def search(
+        self, embeddings: NDArray[np.float32], k: int, *, questions: Sequence[str] | None = None
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Scores float32 and row numbers int64, both [q, min(k, passages)], for question embeddings [q, d].
+
+        Args:
+            questions: what the embeddings say; with them the best :data:`mbc_core.rerank.DEPTH` are re-ranked by
+                their words. None: by address alone.
+        """
+        if questions is None or self.lexicon is None:
+            return self._index.search(embeddings, k)
+        scores, rows = self._index.search(embeddings, max(k, DEPTH) if k >= 1 else k)  # the index refuses k < 1
+        found = np.unique(rows)
+        kept = dict(zip(found.tolist(), self.words(found), strict=True))
+        return reranked(scores, rows, questions, kept, self.lexicon, k)
 
     def words(self, rows: Sequence[int] | NDArray[np.int64]) -> list[str]:
         """What the word codes of these rows say."""

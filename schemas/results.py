@@ -166,7 +166,10 @@ class RecallAt(TypedDict):
 
 
 class RecallFigures(TypedDict):
-    """How well one kind of address finds the passage that answers; ``bytes`` a passage."""
+    """How well one kind of address finds the passage that answers; ``bytes`` a passage.
+
+    ``at`` is by address alone, ``at_reranked`` after a second look by word codes (empty for a bank without words).
+    """
 
     profile: str
     T: int
@@ -174,6 +177,7 @@ class RecallFigures(TypedDict):
     passages: int
     questions: int
     at: list[RecallAt]
+    at_reranked: list[RecallAt]
 
 
 class StoredBytes(BytesPerPassage):

@@ -70,14 +70,15 @@ def _compared(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
 def _recall(figures: Sequence[Mapping[str, Any]], console: Console) -> None:
     shown = [
         [
-            f"T = {one['T']}, {one['bytes']} B",
+            f"T = {one['T']}, {one['bytes']} B{again}",
             f"R@{row['k']}",
             f"{row['by_code']:.1f} [{row['by_code_low']:.1f}, {row['by_code_high']:.1f}]",
             "–" if row["by_float"] is None else f"{row['by_float']:.1f}",
             "–" if row["share"] is None else f"{row['share']:.1f}% [{row['share_low']:.1f}, {row['share_high']:.1f}]",
         ]
         for one in figures
-        for row in one["at"]
+        for again, at in (("", one["at"]), (" + words", one["at_reranked"]))
+        for row in at
     ]
     if shown:
         title = f"\nThe right passage among the first k, of {figures[0]['passages']:,} passages"

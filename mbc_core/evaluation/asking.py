@@ -75,23 +75,33 @@ class Asker:
     places: Sequence[int]
     lines: Lines = field(default_factory=Lines)
 
+    @property
+    def _asked(self) -> list[str]:
+        return [self.qa.questions[place].question for place in self.places]
+
     @cached_property
     def _questions(self) -> tuple[NDArray[np.float32], float]:
         """Embeddings float32 [q, d] of the chosen questions, and milliseconds a question."""
         began = time.perf_counter()
-        found = self.encoder.encode_questions([self.qa.questions[place].question for place in self.places])
+        found = self.encoder.encode_questions(self._asked)
         return found, 1e3 * (time.perf_counter() - began) / max(1, len(self.places))
 
-    def search(self, view: BankView, depth: int) -> tuple[Int64, float]:
-        """Rows int64 [q, ≤ depth] by address code, best first, and milliseconds a question (encoding and search)."""
+    def search(self, view: BankView, depth: int, *, rerank: bool = True) -> tuple[Int64, float]:
+        """Rows int64 [q, ≤ depth], best first, as the bank recalls them, and milliseconds a question.
+
+        Args:
+            rerank: look again by word codes, where the bank has them; else by address code alone.
+        """
         embeddings, encoding = self._questions
         began = time.perf_counter()
-        _, rows = view.memory.search(embeddings, depth)
+        _, rows = view.memory.search(embeddings, depth, questions=self._asked if rerank else None)
         return rows, encoding + 1e3 * (time.perf_counter() - began) / max(1, len(self.places))
 
     def recall_figures(self, view: BankView) -> RecallFigures:
-        """R@k of this bank's addresses, beside the float embedding's when every text is known."""
-        rows, _ = self.search(view, max(DEPTHS))
+        """R@k of this bank's addresses, alone and re-ranked, beside the float's when every text is known."""
+        rows, _ = self.search(view, max(DEPTHS), rerank=False)
+        again, _ = self.search(view, max(DEPTHS)) if view.has_words else (None, 0.0)
+        right = view.right[list(self.places)]
         by_float = None
         if self.wanted.with_float and all(text is not None for text in view.texts) and len(view.texts):
             encoded = self.encoder.encode([text for text in view.texts if text is not None])
@@ -103,7 +113,8 @@ class Asker:
             "bytes": code_size(view.slots),
             "passages": len(view.texts),
             "questions": len(self.places),
-            "at": recall_at(view.right[list(self.places)], rows, by_float, seed=self.wanted.seed),
+            "at": recall_at(right, rows, by_float, seed=self.wanted.seed),
+            "at_reranked": [] if again is None else recall_at(right, again, by_float, seed=self.wanted.seed),
         }
 
     def show(self, view: BankView, reads: Sequence[str], texts: TextBytes | None) -> list[Shown]:

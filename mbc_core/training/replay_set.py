@@ -77,8 +77,8 @@ def build_training_set(
             fix="ingest documents first, with the profile default, compact or rich",
         )
     chosen = _choose(rows, train, held_out, since, seed)
-    embeddings = memory.encoder.encode_questions([row["question"] for row, _ in chosen])
-    _, found = memory.search(embeddings, _SEARCHED)
+    questions = [row["question"] for row, _ in chosen]
+    _, found = memory.search(memory.encoder.encode_questions(questions), _SEARCHED, questions=questions)
     keys = memory.keys()
     examples = []
     for (row, split), places in zip(chosen, found, strict=True):

@@ -43,9 +43,10 @@ def one(sheet: Sheet, read: str, profile: str | None = None, k: int | None = Non
     return found
 
 
-def found_by_code(memory, k: int) -> list[list[str]]:
+def found_by_code(memory, k: int, *, rerank: bool = True) -> list[list[str]]:
     """Ids of the documents recalled for each question."""
-    return [[two.doc_id for two in line] for line in memory.recall([one.question for one in QA.questions], k)]
+    found = memory.recall([one.question for one in QA.questions], k, rerank=rerank)
+    return [[two.doc_id for two in line] for line in found]
 
 
 TEXTS = {one.doc_id: " ".join(one.text.split()) for one in QA.documents}
@@ -139,11 +140,13 @@ def test_figures_of_the_search_and_of_the_sizes(sheet, memories):
     (recall,) = sheet.figures["recall"]  # all three profiles share T = 24
     assert (recall["T"], recall["bytes"], recall["passages"], recall["questions"]) == (SLOTS, ADDRESS, 12, 12)
     right = [QA.documents[one.document].doc_id for one in QA.questions]
-    for row in recall["at"]:
-        lists = found_by_code(memories["default"], row["k"])
-        assert row["by_code"] == pytest.approx(
-            100 * np.mean([name in line for name, line in zip(right, lists, strict=True)])
-        )
+    for rerank, rows in ((False, recall["at"]), (True, recall["at_reranked"])):
+        assert [row["k"] for row in rows] == [1, 5, 10]
+        for row in rows:
+            lists = found_by_code(memories[recall["profile"]], row["k"], rerank=rerank)
+            assert row["by_code"] == pytest.approx(
+                100 * np.mean([name in line for name, line in zip(right, lists, strict=True)])
+            )
     vectors = ENCODER.encode_questions([one.text for one in QA.documents])
     asked = ENCODER.encode_questions([one.question for one in QA.questions])
     best = (asked @ vectors.T).argmax(1)

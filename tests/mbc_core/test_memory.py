@@ -19,6 +19,7 @@ from mbc_core.errors import DamagedFile, IncompatibleBank, ModelError, UsageErro
 from mbc_core.lexicon import Lexicon
 from mbc_core.reader.kv_lora import KVLoraConfig, add_kv_lora, save_adapter, trainable
 from mbc_core.recall import exhaustive_scores
+from mbc_core.rerank import DEPTH, reranked
 from tests.mbc_core.tiny_reader import (
     SLOTS,
     BagOfWords,
@@ -59,12 +60,24 @@ def test_recall_is_the_exhaustive_search_over_decoded_codes(bank):
     questions = [one.question for one in DOCS]
     vectors = BagOfWords().encode_questions(questions)
     scores = exhaustive_scores(vectors, ROTATION, unpack(packed, SLOTS), CODEBOOK.codewords)
-    for row, found in enumerate(memory.recall(questions, k=4)):
+    for row, found in enumerate(memory.recall(questions, k=4, rerank=False)):
         best = np.argsort(-scores[row], kind="stable")[:4]
         assert [(one.key, one.passage) for one in found] == [
             (passages["key"][int(place)].as_py(), passages["passage"][int(place)].as_py()) for place in best
         ]
         assert [one.score for one in found] == pytest.approx(scores[row][best].tolist(), abs=1e-5)
+
+
+def test_recall_looks_again_by_the_words_that_passages_keep(bank):
+    memory = Memory.open(bank)
+    questions = [one.question for one in DOCS]
+    scores, rows = memory.search(BagOfWords().encode_questions(questions), DEPTH)
+    kept = {row: memory.words([row])[0] for row in range(len(memory))}
+    expected = reranked(scores, rows, questions, kept, memory.lexicon, 4)
+    for place, found in enumerate(memory.recall(questions, k=4)):
+        assert [one.words for one in found] == [kept[row] for row in expected[1][place].tolist()]
+        assert [one.score for one in found] == pytest.approx(expected[0][place].tolist())
+    assert memory.recall(questions, k=4) != memory.recall(questions, k=4, rerank=False)
 
 
 def test_what_is_recalled_names_its_document_time_and_words(bank):
