@@ -168,7 +168,7 @@ def _remote_paths(given: str) -> Iterator[tuple[str, bool]]:
         yield address, named
 
 
-def _remote_files(given: str) -> Iterator[tuple[str, pafs.FileInfo, bool]]:
+def _remote_files(given: str, may_be_empty: bool = False) -> Iterator[tuple[str, pafs.FileInfo, bool]]:
     """(address, what the store says of it, was it named itself?) of one argument."""
     scheme, _, rest = given.partition("://")
     if scheme not in ("s3", "gs", "file"):
@@ -185,7 +185,7 @@ def _remote_files(given: str) -> Iterator[tuple[str, pafs.FileInfo, bool]]:
         listed = filesystem.get_file_info(pafs.FileSelector(root, recursive=True, allow_not_found=True))
     except (OSError, pa.ArrowException) as error:
         raise _cannot_open(given, str(error)) from error
-    if not pattern and not listed:
+    if not pattern and not listed and not may_be_empty:
         raise UsageError(
             "the source does not exist",
             value=given,
@@ -211,7 +211,7 @@ def list_files(given: str) -> Iterator[FileState]:
         UsageError: an unknown store. StorageError: it cannot be listed.
     """
     if "://" in given:
-        for address, info, _ in _remote_files(given):
+        for address, info, _ in _remote_files(given, may_be_empty=True):
             if kind := kind_of(address):
                 yield FileState(address, kind, int(info.size), int(info.mtime_ns or 0))
         return
@@ -222,6 +222,24 @@ def list_files(given: str) -> Iterator[FileState]:
             state = state_of(path, kind)
             if state is not None:
                 yield state
+
+
+def require_bucket(given: str) -> None:
+    """Refuse an address whose bucket is not there.
+
+    Raises:
+        UsageError: an unknown store, or no such bucket. StorageError: the store cannot be asked.
+    """
+    next(_remote_files(given, may_be_empty=True), None)
+    scheme, _, rest = given.partition("://")
+    filesystem, inner = open_store(f"{scheme}://{rest.partition('/')[0]}")
+    if filesystem.get_file_info(inner).type == pafs.FileType.NotFound:
+        raise UsageError(
+            "the bucket does not exist",
+            value=given,
+            cause="a misspelt address",
+            fix="make it first, or check the address",
+        )
 
 
 def state_of(path: str, kind: str) -> FileState | None:

@@ -20,11 +20,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from mbc_core.errors import MbcError, StorageError, UsageError
+from mbc_core.errors import MbcError, UsageError
 from pipelines.backlog import Backlog
 from pipelines.live import Drain, SourceCounts, Step
 from pipelines.readers import Record, Rejected, read_source
-from pipelines.sources import KINDS, STDIN, FileState, Source, kind_of, list_files, state_of
+from pipelines.sources import KINDS, STDIN, FileState, Source, kind_of, list_files, require_bucket, state_of
 from schemas.document import Document
 
 UNFINISHED = (".tmp", ".temp", ".part", ".partial", ".crdownload", ".swp", "~")
@@ -181,7 +181,7 @@ class FileStream:
         began = round(time.time() * 1e6)
         try:
             whole, news = self._watch.look()
-        except StorageError as error:  # the store may be back at the next look
+        except MbcError as error:  # the store may be back at the next look
             self._complain(str(error))
             return
         self._trouble = ""
@@ -277,16 +277,17 @@ def check_watched(given: Iterable[str]) -> None:
                 cause="--streaming waits for new files, and a pipe has none",
                 fix="leave out --streaming, or write files into a folder and name it",
             )
-        if "://" in one:
-            next(list_files(one), None)
-        elif not Path(fixed_part(one)).exists():
+        path = one.removeprefix("file://")
+        if "://" in path:
+            require_bucket(path)
+        elif not Path(fixed_part(path)).exists():
             raise UsageError(
                 "the watched folder does not exist",
                 value=one,
                 cause="a misspelt path",
                 fix="make the folder first, or check the path",
             )
-        elif Path(one).is_file() and not kind_of(one):
+        elif Path(path).is_file() and not kind_of(path):
             raise UsageError(
                 "the kind of this source is unknown",
                 value=one,

@@ -5,18 +5,23 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
 
 import pyarrow.fs as pafs
 import pytest
+from streaming_tools import wait_for
 from tiny import corpus, settings, to_line
 
-from mbc_core.bank import Bank
+from mbc_core.bank import Bank, Storage
 from mbc_core.errors import UsageError
 from pipelines.ingest import run_ingest
+from pipelines.live import Drain
+from pipelines.options import StreamSettings
 from pipelines.sources import find_sources
+from pipelines.streaming import stream
 
 pytest.importorskip("moto.server", reason="moto is in the extra dev")
 
@@ -73,3 +78,35 @@ def test_documents_and_bank_on_s3(tmp_path, bucket):
     assert bank.inspect(verify=True)["problems"] == []
     with pytest.raises(UsageError, match=r"the source does not exist: 's3://missing-bucket/in'"):
         find_sources(["s3://missing-bucket/in"])
+
+
+@pytest.mark.slow
+def test_a_watched_prefix_reads_each_object_once_while_it_runs(tmp_path, bucket):
+    documents, drain = corpus(40), Drain()
+    put("bucket/in/day=1/a.jsonl", b"".join(to_line(one) for one in documents[:20]))
+    put("bucket/in/day=1/b.jsonl.tmp", b"half a doc")
+
+    def shown() -> int:
+        return len(Bank.open(f"{bucket}/bank").documents()) if Storage(f"{bucket}/bank").exists("manifest.json") else 0
+
+    def drive() -> None:
+        try:
+            wait_for(lambda: shown() >= 15, "the first object")
+            put("bucket/in/day=2/c.jsonl", b"".join(to_line(one) for one in documents[20:]))
+            wait_for(lambda: shown() >= 30, "the second object")
+        finally:
+            drain.ask()
+
+    driver = threading.Thread(target=drive)
+    driver.start()
+    given, live = settings(tmp_path / "w"), StreamSettings(poll=0.5)
+    options = {"show_progress": False, "drain": drain}
+    result = stream([f"{bucket}/in/day=*/*.jsonl*"], f"{bucket}/bank", given, live, **options)
+    driver.join()
+    assert (result["documents"], result["documents_in"], result["dead_letters"]) == (40, 40, 0)
+    again = stream(
+        [f"{bucket}/in/day=*/*.jsonl*"], f"{bucket}/bank", given, StreamSettings(0.5, idle_exit=1), **options
+    )
+    assert (again["ingest_id"], again["documents_in"]) == (result["ingest_id"], 40)
+    with pytest.raises(UsageError, match="the bucket does not exist: 's3://missing-bucket/in'"):
+        stream(["s3://missing-bucket/in"], f"{bucket}/other", given, live)

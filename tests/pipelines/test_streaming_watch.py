@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import json
 import os
 import time
 
@@ -347,6 +346,7 @@ def test_what_cannot_be_watched_is_refused_before_any_work(inbox, tmp_path):
         ("-", "standard input cannot be watched"),
         (str(tmp_path / "none"), "the watched folder does not exist"),
         (str(tmp_path / "none" / "*.jsonl"), "the watched folder does not exist"),
+        (f"file://{tmp_path}/none/*.jsonl", "the watched folder does not exist"),
         ("ftp://host/x", "the store is unknown"),
         (str(inbox / "image.png"), "the kind of this source is unknown"),
     ):
@@ -354,4 +354,4 @@ def test_what_cannot_be_watched_is_refused_before_any_work(inbox, tmp_path):
             check_watched([given])
         assert given in str(caught.value)
         assert "Fix: " in str(caught.value)
-    check_watched([str(inbox), str(inbox / "*.jsonl"), json.dumps(str(inbox))[1:-1]])
+    check_watched([str(inbox), str(inbox / "*.jsonl"), f"file://{inbox}/*.jsonl"])
