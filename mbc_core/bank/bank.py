@@ -170,8 +170,7 @@ class Bank:
 
     def files(self, table: str) -> list[tuple[str, int]]:
         """(path below the table's folder, bytes) of every file that counts, sorted by path."""
-        actions = self.look(table, lambda delta: pa.table(delta.get_add_actions(flatten=True)))
-        return sorted(zip(actions["path"].to_pylist(), actions["size_bytes"].to_pylist(), strict=True))
+        return self.look(table, _paths)
 
     def read_file(self, table: str, path: str, columns: list[str] | None = None) -> pa.Table:
         """One file of a table, its digest checked.
@@ -201,12 +200,15 @@ class Bank:
         schema = TABLES[table]
         wanted = schema if columns is None else pa.schema([schema.field(name) for name in columns])
 
-        def read() -> pa.Table:
-            paths = [path for path, _ in self.files(table) if keep is None or keep(path)]
-            parts = [self.read_file(table, path, columns) for path in paths]
-            return pa.concat_tables([wanted.empty_table(), *parts])
-
-        return self.steady(read, table)
+        for attempt in range(_READS):
+            version, files = self.look(table, lambda delta: (delta.version(), _paths(delta)))
+            try:
+                parts = [self.read_file(table, path, columns) for path, _ in files if keep is None or keep(path)]
+                return pa.concat_tables([wanted.empty_table(), *parts])
+            except (DamagedFile, StorageError):
+                if attempt == _READS - 1 or self.table(table).version() == version:
+                    raise
+        raise AssertionError("the last attempt returns or raises")
 
     def steady(self, read: Callable[[], Found], *tables: str) -> Found:
         """``read`` once more when it failed and a table was changed meanwhile: what it saw did not belong together."""
@@ -362,6 +364,12 @@ class Bank:
     ) -> int:
         """Write every passage decoded; see :func:`mbc_core.bank.export.export`."""
         return export.export(self, out, format, lexicon, as_of)
+
+
+def _paths(delta: DeltaTable) -> list[tuple[str, int]]:
+    """(path, bytes) of every file that counts, sorted."""
+    actions = pa.table(delta.get_add_actions(flatten=True))
+    return sorted(zip(actions["path"].to_pylist(), actions["size_bytes"].to_pylist(), strict=True))
 
 
 def _titled(documents: pa.Table) -> pa.Table:
