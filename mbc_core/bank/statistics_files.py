@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def candidate_keys(bank: Bank, path: str) -> npt.NDArray[np.int64]:
-    """Keys of the documents whose vectors a file of statistics holds as candidates.
+    """Keys of the documents whose vectors a file of statistics holds, as reset candidates or as probes.
 
     Raises:
         DamagedFile: it is no such file.
@@ -22,7 +22,7 @@ def candidate_keys(bank: Bank, path: str) -> npt.NDArray[np.int64]:
     from mbc_core.codebook.statistics import BatchStatistics
 
     found = BatchStatistics.from_bytes(bank.storage.read_bytes(path), bank.storage.locate(path))
-    return np.unique(found.candidates.keys)
+    return found.sampled_documents
 
 
 def without_candidates(bank: Bank, path: str, gone: npt.NDArray[np.int64]) -> str | None:
@@ -37,7 +37,7 @@ def without_candidates(bank: Bank, path: str, gone: npt.NDArray[np.int64]) -> st
     if not bank.storage.exists(path):
         return None
     found = BatchStatistics.from_bytes(bank.storage.read_bytes(path), bank.storage.locate(path))
-    if not np.isin(found.candidates.keys, gone).any():
+    if not np.isin(found.sampled_documents, gone).any():
         return path
     data = found.without_documents(gone).to_bytes()
     again = f"{path.removesuffix('.safetensors').rsplit('-', 1)[0]}-{parquet.digest(data)}.safetensors"

@@ -168,6 +168,11 @@ class BatchStatistics:
             probes=self.probes.forget_codes(~stays),
         )
 
+    @property
+    def sampled_documents(self) -> Int64:
+        """Keys of the documents that vectors are kept of, ascending: int64 [m]."""
+        return np.unique(np.concatenate([self.candidates.keys, self.probes.keys]))
+
     def without_documents(self, keys: Int64) -> BatchStatistics:
         """The same statistics with no vector of these documents (sums name no document and stay)."""
         return replace(self, candidates=self.candidates.without(keys), probes=self.probes.without(keys))

@@ -154,7 +154,19 @@ def test_forgotten_documents_leave_the_probes():
     whole = part(range(20))
     left = whole.without_documents(KEYS[:7])
     assert sorted(left.probes.keys.tolist()) == sorted(KEYS[7:20].tolist())
+    assert left.sampled_documents.tolist() == sorted(KEYS[7:20].tolist())
     assert part([0]).without_documents(KEYS[:1]).probes.codes.shape == Probes.none(PROBES, 8).codes.shape
+
+
+def test_a_document_that_only_a_probe_is_kept_of_is_named_too():
+    """4,096 candidates of 24 slots come from 171 passages or more, 256 probes from others: forgetting asks for both."""
+    keys, passages = np.arange(60, dtype=np.int64), np.zeros(60, np.int32)
+    codes = quantize(DATA[:60], BOOK.codewords)
+    found = BatchStatistics.of(BOOK, DATA[:60], codes, keys, passages, sample_size=5)
+    assert len(np.unique(found.candidates.keys)) <= 5
+    assert found.sampled_documents.tolist() == keys.tolist()
+    gone = found.without_documents(keys[:50])
+    assert gone.sampled_documents.tolist() == keys[50:].tolist()
 
 
 def test_statistics_of_the_first_release_have_no_probes_and_still_count():
