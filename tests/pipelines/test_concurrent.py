@@ -8,9 +8,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import tiny_reader
 from test_kill import Server, everything, runs_into, write_inputs
+from tiny import TinyEncoder, rotation
 
 from mbc_core.bank import Bank
+from mbc_core.bank.compact import compact
+from mbc_core.bank.forget import forget
+from mbc_core.lexicon import Lexicon
+from mbc_core.memory import Memory
+from mbc_core.training.adapt import AdaptRun
+from pipelines.adapt import run_adapt
 from schemas.document import document_key
 
 
@@ -76,3 +84,53 @@ def test_the_same_input_twice_at_once(servers, tmp_path):
     same = ("documents_in", "documents", "duplicates", "dead_letters", "slices")
     for one in answers:
         assert {name: one["result"][0][name] for name in same} == {name: alone["result"][0][name] for name in same}
+
+
+def compacting(bank: Bank, work: Path) -> None:
+    compact(bank, history=0)
+
+
+def forgetting(bank: Bank, work: Path) -> None:
+    forget(bank, FORGOTTEN)
+
+
+def asking(bank: Bank, work: Path) -> None:
+    memory = Memory.open(bank, TinyEncoder(), lexicon=Lexicon([]), rotation=rotation())
+    found = [(one.key, one.passage) for one in memory.recall(["Word1 Word2"], 1000)[0]]
+    assert len(found) == len(set(found)) == len(memory)
+
+
+def adapting(bank: Bank, work: Path) -> None:
+    pieces = {"encoder": TinyEncoder(), "lexicon": Lexicon([]), "rotation": rotation()}
+    run_adapt(bank, AdaptRun(steps=1, batch=4), language_model=tiny_reader.language_model(), **pieces)
+
+
+FORGOTTEN = ["doc-3", "doc-65", "doc-77"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("other", [compacting, forgetting, asking, adapting])
+def test_ingest_while_something_else_goes_on(servers, tmp_path, other):
+    inputs = write_inputs(tmp_path)
+    runs = runs_into(tmp_path / "bank", inputs)
+    servers[0].attempt(tmp_path / "work", runs[:1])
+    bank, times = Bank.open(tmp_path / "bank"), 0
+    with ThreadPoolExecutor(1) as threads:
+        ingest = threads.submit(servers[0].attempt, tmp_path / "work", runs[1:])
+        while not ingest.done() or not times:
+            other(bank, tmp_path)
+            times += 1
+    answer = ingest.result()
+    assert answer["exit"] == 0
+    (result,) = answer["result"]
+    other(bank, tmp_path)
+    check_whole(bank)
+    gone = {document_key(one, bank.manifest.salt) for one in FORGOTTEN} if other is forgetting else set()
+    assert len(bank.documents()) == 85 - len(gone) and not gone & set(bank.documents())
+    parts = ("documents", "duplicates", "replaced", "dead_letters")
+    assert result["documents_in"] == 37 == sum(result[name] for name in parts)
+    alone = servers[0].attempt(tmp_path / "work", runs_into(tmp_path / "alone", inputs))
+    assert alone["exit"] == 0
+    wanted = {row["key"]: row["content_hash"] for row in Bank.open(tmp_path / "alone").documents().values()}
+    found = {row["key"]: row["content_hash"] for row in bank.documents().values()}
+    assert found == {key: content for key, content in wanted.items() if key not in gone}
