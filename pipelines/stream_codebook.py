@@ -17,7 +17,7 @@ from mbc_core.errors import LostRace
 from pipelines.codebook_store import BankCodebooks
 
 _TABLE = "codebook_versions"
-_ATTEMPTS = 3
+_ATTEMPTS = 5
 
 
 class LiveCodebooks:
@@ -30,15 +30,14 @@ class LiveCodebooks:
 
     def __init__(self, bank: Bank, ingest_id: str, rule: UpdateRule | None = None) -> None:
         self._bank, self._ingest_id, self._rule = bank, ingest_id, rule
-        store = self._store("all", 0)
-        self._table_version = self._find_table_version()
-        self._chain: CodebookChain = store.chain()
-        self._chosen = dict(store.recorded())
+        self._chain: CodebookChain
+        self._follow(ingest_id)
+        self._chosen = dict(self._store("all", 0).recorded())
         self._folded: str | None = None
 
     def version_for(self, window: str) -> Codebook:
         """The version that codes of ``window`` are made with: the one its first commit recorded, if there was one."""
-        if self._find_table_version() != self._table_version:
+        if self._version_of(_TABLE) != self._table_version:
             self._follow(self._ingest_id)
         known = self._chosen.get(window)
         if known is None:
@@ -63,6 +62,9 @@ class LiveCodebooks:
             update = self._chain.add(window, statistics)
             if update is None:
                 return self._keep(store, window, statistics)
+            if self._behind:
+                self._follow(self._ingest_id)  # others have shown something too: it belongs into this version
+                continue
             try:
                 store.publish(update)
             except LostRace:
@@ -72,7 +74,7 @@ class LiveCodebooks:
                 # go on from the version that is there.
                 self._follow(resuming=None)
             else:
-                self._table_version = self._find_table_version()
+                self._table_version = self._version_of(_TABLE)
                 return None
         raise AssertionError("the loop ends by a return or a raise")
 
@@ -80,6 +82,8 @@ class LiveCodebooks:
         """Remember the choice of a committed window, and drop statistics files that a version has taken in."""
         if version is not None:
             self._chosen.setdefault(window, version)
+        before, self._ledger_version = self._ledger_version, self._version_of("ledger")
+        self._behind |= self._ledger_version != before + 1
         last = self._chain.head.last_window
         if last != self._folded:
             drop_folded_statistics(self._bank, last)
@@ -100,11 +104,11 @@ class LiveCodebooks:
 
     def _follow(self, resuming: str | None) -> None:
         """Take the chain as the bank has it now; what this ingest has committed is in it."""
-        self._table_version = self._find_table_version()
-        self._chain = self._bank.codebooks(self._rule, resuming=resuming)
+        self._table_version, self._ledger_version = self._version_of(_TABLE), self._version_of("ledger")
+        self._chain, self._behind = self._bank.codebooks(self._rule, resuming=resuming), False
 
-    def _find_table_version(self) -> int:
-        return int(self._bank.table(_TABLE).version())
+    def _version_of(self, table: str) -> int:
+        return int(self._bank.table(table).version())
 
     def _store(self, name: str, pane: int) -> BankCodebooks:
         return BankCodebooks(self._bank, SliceId(self._ingest_id, name, pane, 0), self._rule)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from stream_run import day, new_bank
+from stream_run import DAY, day, document, new_bank, plan_of, run
 from tiny import RULE, SLOTS, WIDTH
 
 from mbc_core.bank import SliceId
@@ -70,6 +70,15 @@ def test_a_version_of_another_run_is_the_head_from_then_on(bank):
     assert learn(live, day(1), 2) is None
     assert versions(bank) == [(0, []), (1, [day(0)]), (2, [day(1)])]
     assert [one.parent for one in live.versions] == [None, 0, 1]
+
+
+def test_what_other_runs_have_shown_goes_into_the_version_too(bank):
+    live = LiveCodebooks(bank, "stream", RULE)
+    run([document("a", 0), document("b", DAY)], plan_of(bank, "other"))
+    assert versions(bank) == [(0, [])]
+    live.committed(day(2), None)  # as after each commit of its own: here the ledger shows that others commit as well
+    learn(live, day(3), 1)
+    assert versions(bank) == [(0, []), (1, [day(0), day(1), day(3)])]
 
 
 def test_who_loses_the_race_for_a_version_builds_on_the_winners(bank):
