@@ -2,11 +2,13 @@
 
     python -m tests.bench.bench_large --documents 50000 --encoder memo --work DIR
     python -m tests.bench.bench_large --documents 200000 --encoder memo --work DIR --kill-after 0.5
+    python -m tests.bench.bench_large --documents 10000 --encoder real --work DIR --plain
 
 The corpus is the demo's 10,033 lead sections, repeated with other ids and later dates. ``--encoder memo`` takes the
 encoder's output from memory (see ``memo_encoder``): the rate is then that of everything else, not of an ingest.
 ``--encoder real`` encodes every passage. The run is a process of its own; its memory and processor time are sampled
-from outside, its slices are timed by the commits of the ledger.
+from outside, its slices are timed by the commits of the ledger. ``--plain`` instead runs a plain loop over the same
+core, then the pipeline, on the same documents in one process.
 """
 
 from __future__ import annotations
@@ -18,20 +20,26 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timedelta
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
 from mbc_core.assets import Assets
-from mbc_core.bank import Bank
+from mbc_core.bank import Bank, SliceId, register_codebook
 from mbc_core.corpus import DAYS, demo_documents, load_articles
 from mbc_core.defaults import LEXICON, SALIENCE
 from pipelines.encoding import MINILM, SHIPPED, EncoderSpec, acquire
 from pipelines.ingest import run_ingest
+from pipelines.opening import open_bank
 from pipelines.options import IngestSettings
+from pipelines.plain import EncodeRule, assign_codebooks, encode_documents, quantize_batch
+from pipelines.readers import read_source
+from pipelines.records import DocumentBatch, Tally, WindowVectors
+from pipelines.sink import write_slice
+from pipelines.sources import Source
 from tests.bench.memo_encoder import MemoEncoder, MemoSource
 
 MEMO = "wikipedia.memo.parquet"
@@ -62,14 +70,69 @@ def write_corpus(path: Path, count: int) -> None:
 # -------------------------------------------------------------------------------------------------------- one run
 
 
-def ingest(corpus: Path, bank: Path, encoder: str, cache: Path) -> dict[str, Any]:
-    """What the child process does: the product's ingest, unchanged but for the encoder it is given."""
+def settings_of(options: argparse.Namespace) -> IngestSettings:
+    """The product's defaults, but for the encoder."""
     real = EncoderSpec(MINILM, f"{SHIPPED}{SALIENCE}", f"{SHIPPED}{LEXICON}")
-    source = MemoSource(real, None if encoder == "real" else str(cache / MEMO))
-    settings = IngestSettings(profile="default", encoder=source, staging=bank.parent / "staging")
+    source = MemoSource(real, None if options.encoder == "real" else str(options.cache / MEMO))
+    return IngestSettings(profile="default", encoder=source, staging=options.work / "staging")
+
+
+def ingest(corpus: Path, bank: Path, settings: IngestSettings) -> dict[str, Any]:
+    """What the child process does: the product's ingest, unchanged but for the encoder it is given."""
+    source = settings.encoder
     result = run_ingest([str(corpus)], str(bank), settings, show_progress=False)
     asked: MemoEncoder = acquire(source).encoder
     return result | {"passages_encoded_by_this_process": asked.asked, "not_from_memory": asked.encoded}
+
+
+def plain_loop(corpus: Path, bank: Path, settings: IngestSettings) -> int:
+    """What the pipeline does, slice by slice, with nothing between the steps and nothing kept for a crash."""
+    opened = open_bank(str(bank), settings)
+    manifest, loaded, rule = opened.bank.manifest, acquire(opened.encoder), EncodeRule(opened.bank.manifest.words)
+    chain, recorded, done = opened.bank.codebooks(), {}, 0
+    records = read_source(Source(str(corpus), "jsonl"))
+    while chunk := list(islice(records, settings.slice_documents)):
+        encoded = encode_documents(loaded, DocumentBatch.of(chunk, manifest.salt, manifest.window_seconds), rule)
+        vectors: dict[str, list[WindowVectors]] = {}
+        for window, part in encoded.by_window():
+            vectors.setdefault(window, []).append(part)
+        made = assign_codebooks(chain, vectors, vectors.__getitem__, opened.rotation, manifest.slots, recorded=recorded)
+        recorded.update(made.versions)
+        for update in made.published:
+            register_codebook(opened.bank, update.codebook, update)
+        books = {window: made.codebooks[version] for window, version in made.versions.items()}
+        codes = quantize_batch(encoded, books.__getitem__, opened.rotation, manifest.slots)
+        counts = codes.documents["window"].value_counts().to_pylist()
+        tallies = [Tally(one["values"], documents_in=one["counts"]) for one in counts]
+        write_slice(opened.bank, SliceId.begin("plain", f"{done:08d}"), codes, tallies)
+        done += len(chunk)
+    return done
+
+
+def beside_a_plain_loop(options: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of both on the same documents, one after the other in this process, the encoder loaded before."""
+    options.work.mkdir(parents=True, exist_ok=True)
+    corpus, settings = options.work / "corpus.jsonl", settings_of(options)
+    write_corpus(corpus, options.documents)
+    acquire(settings.encoder)
+    found: dict[str, Any] = {"documents": options.documents, "encoder": options.encoder}
+    runs: dict[str, Callable[[Path], object]] = {
+        "plain loop": lambda bank: plain_loop(corpus, bank, settings),
+        "pipeline": lambda bank: ingest(corpus, bank, settings),
+    }
+    for name, run in runs.items():
+        wall, processor = time.perf_counter(), time.process_time()
+        run(options.work / name.replace(" ", "-"))
+        found[name] = {"seconds": time.perf_counter() - wall, "processor_seconds": time.process_time() - processor}
+    for kind in ("seconds", "processor_seconds"):
+        loop, pipeline = (found[name][kind] for name in runs)
+        told = (
+            f"{options.documents} documents, encoder {options.encoder}, {kind.replace('_', ' ')}: plain loop {loop:.1f}"
+        )
+        print(
+            f"{told}, pipeline {pipeline:.1f}; the pipeline runs at {loop / pipeline:.3f} of the loop", file=sys.stderr
+        )
+    return found
 
 
 @dataclass
@@ -242,11 +305,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, required=True, help="an empty folder for corpus, bank and staging")
     parser.add_argument("--cache", type=Path, help="folder with the memo of bench_learning (default: WORK)")
     parser.add_argument("--kill-after", type=float, help="SIGKILL once this share of the slices is durable, run again")
+    parser.add_argument("--plain", action="store_true", help="compare with a plain loop over the same core instead")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     options.cache = options.cache or options.work
     if options.child:
-        found = ingest(options.work / "corpus.jsonl", options.work / "bank", options.encoder, options.cache)
+        found = ingest(options.work / "corpus.jsonl", options.work / "bank", settings_of(options))
+    elif options.plain:
+        found = beside_a_plain_loop(options)
     else:
         found = measure(options)
     print(json.dumps(found))
