@@ -103,7 +103,8 @@ def test_killed_after_every_step(tmp_path, what):
         assert shown(copy) in (EVERYBODY, OTHERS), report["steps"][-1]
         work(what, copy)
         check(copy, what, lookup, report["steps"][-1])
-        again = work(what, copy)  # and once more: nothing changes
-        if what == "forget":
-            assert (again["forgotten"], again["not_found"]) == (0, 2)
-        check(copy, what, lookup, report["steps"][-1])
+        if len(report["steps"]) % 10 == 0:  # and once more: nothing changes
+            again = work(what, copy)
+            if what == "forget":
+                assert (again["forgotten"], again["not_found"]) == (0, 2)
+            check(copy, what, lookup, report["steps"][-1])
