@@ -8,6 +8,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tiny import settings, to_line
@@ -18,7 +20,8 @@ from pipelines.options import StreamSettings
 from pipelines.streaming import stream
 
 HERE = Path(__file__).parent
-PATIENCE = 120.0
+PATIENCE = 300.0
+"""Seconds; a process of its own imports for a minute where many share the machine."""
 
 COMMAND = """
 import sys
@@ -109,19 +112,35 @@ def adds_up(result: dict) -> bool:
     return result["documents_in"] == sum(result[one] for one in ("documents", "duplicates", "replaced", "dead_letters"))
 
 
-def start(folder: Path, *arguments: str, **environment: str) -> subprocess.Popen:
-    """The command in a process of its own."""
-    command = [sys.executable, "-c", COMMAND, str(HERE), str(folder / "w"), *arguments, "--json"]
-    return subprocess.Popen(
-        command,
+@contextmanager
+def command(folder: Path, *arguments: str, **environment: str) -> Iterator[subprocess.Popen]:
+    """The command in a process of its own; it is gone afterwards, and what it said is shown when something fails."""
+    words = [sys.executable, "-c", COMMAND, str(HERE), str(folder / "w"), *arguments, "--json"]
+    process = subprocess.Popen(
+        words,
         env={**os.environ, "PYTHONPATH": str(HERE.parents[1]), "OMP_NUM_THREADS": "1", **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
+    try:
+        yield process
+    except BaseException:
+        process.kill()
+        print(process.communicate()[1][-3000:])
+        raise
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def finish(process: subprocess.Popen) -> tuple[int, dict, str]:
     """Exit code, the JSON object on standard output, and standard error."""
     out, err = process.communicate(timeout=PATIENCE)
     return process.returncode, json.loads(out) if out.strip() else {}, err
+
+
+def run_command(folder: Path, *arguments: str, **environment: str) -> tuple[int, dict, str]:
+    """The command to its end."""
+    with command(folder, *arguments, **environment) as process:
+        return finish(process)

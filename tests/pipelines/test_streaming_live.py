@@ -10,7 +10,7 @@ import apache_beam as beam
 import pytest
 from apache_beam.options.pipeline_options import PipelineOptions
 from oracle import held
-from streaming_tools import World, adds_up, finish, start, wait_for
+from streaming_tools import World, adds_up, command, finish, run_command, wait_for
 from tiny import corpus, to_line
 
 from mbc_core.bank import Bank
@@ -178,27 +178,25 @@ def test_an_error_of_the_store_ends_the_stream_with_its_message(world, monkeypat
         world.run()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_drains_commits_everything_and_exits_with_0(world, number):
     undated = [Document(f"undated-{place}", f"Given today, number {place}.") for place in range(5)]
     world.put("a.jsonl", corpus(30))
     arguments = [str(world.inbox), "--bank", world.uri, "--streaming", "--poll=1s"]
-    process = start(world.folder, *arguments)
-    try:
+    with command(world.folder, *arguments) as process:
         wait_for(lambda: len(world.visible()) >= 20, "the first commits")
         world.put("b.jsonl", undated)  # their window is open until midnight
         time.sleep(0.1)
         process.send_signal(number)
         code, result, err = finish(process)
-    finally:
-        process.kill()
     assert code == 0, err[-2000:]
     assert "asked to end" in err
     assert adds_up(result)
     assert (result["documents"], result["duplicates"], result["left"]) == (35, 0, [])
     assert len(world.visible()) == 35
     before = held(Bank.open(world.uri)).codes
-    code, again, err = finish(start(world.folder, *arguments, "--idle-exit=1s"))
+    code, again, err = run_command(world.folder, *arguments, "--idle-exit=1s")
     assert code == 0, err[-2000:]
     assert (again["ingest_id"], again["documents"], again["documents_in"]) == (result["ingest_id"], 35, 35)
     assert held(Bank.open(world.uri)).codes == before

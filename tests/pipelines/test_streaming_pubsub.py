@@ -8,7 +8,7 @@ import time
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from streaming_tools import World, adds_up, finish, start, wait_for
+from streaming_tools import World, adds_up, command, run_command, wait_for
 from tiny import to_line
 
 from mbc_core.bank import Bank
@@ -128,24 +128,23 @@ def test_bad_messages_are_dead_letters_and_the_stream_goes_on(world, service):
     assert len(service.acknowledged) == 6
 
 
+@pytest.mark.slow
 def test_a_crash_loses_no_message(world, service):
     """Beam's local reader acknowledges what it pulls: everything in an open window would be gone."""
     for number in range(6):
         service.publish(message(f"m{number}", f"Message number {number}."))
     arguments = [SOURCE, "--bank", world.uri, "--streaming"]
-    process = start(world.folder, *arguments, PUBSUB_EMULATOR_HOST=service.address)
-    try:
+    with command(world.folder, *arguments, PUBSUB_EMULATOR_HOST=service.address) as process:
         wait_for(lambda: len(service.outstanding) == 6, "the pull")
         pulls = service.pulls
         wait_for(lambda: service.pulls >= pulls + 2, "the next pulls")
         process.send_signal(signal.SIGKILL)
-        process.communicate(timeout=60)
-    finally:
-        process.kill()
+        process.wait(timeout=60)
     assert service.acknowledged == []
     assert world.visible() == {}
     service.redeliver()
-    code, result, err = finish(start(world.folder, *arguments, "--idle-exit=1s", PUBSUB_EMULATOR_HOST=service.address))
+    address = service.address
+    code, result, err = run_command(world.folder, *arguments, "--idle-exit=1s", PUBSUB_EMULATOR_HOST=address)
     assert code == 0, err[-2000:]
     assert (result["documents"], result["documents_in"]) == (6, 6)
     assert len(world.visible()) == 6
