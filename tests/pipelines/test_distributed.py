@@ -61,6 +61,26 @@ def test_reading_by_workers_gives_the_plain_loops_bank(tmp_path):
     assert bank.table("codes").version() == 1
 
 
+def test_workers_refuse_what_was_to_be_forgotten(tmp_path):
+    bank = empty_bank(tmp_path / "bank", settings(tmp_path / "w"))
+    bank.forget(["doc-3", "bad"])
+    lines = [*map(to_line, corpus(6)), b'{"id": "bad", "text": ""}\n', b'{"id": "other", "text": ""}\n']
+    (tmp_path / "a.jsonl").write_bytes(b"".join(lines))
+    distributed(bank, [tmp_path / "a.jsonl"])
+    assert set(bank.passages()["doc_id"].to_pylist()) == {f"doc-{number}" for number in range(6) if number != 3}
+    ledger = bank.read("ledger").to_pylist()
+    assert sum(row["documents_in"] for row in ledger) == 8 and sum(row["documents"] for row in ledger) == 5
+    letters = bank.read("dead_letter").to_pylist()
+    assert sorted((row["reason"], row["raw"] is None, row["key"] is None) for row in letters) == [
+        ("forgotten", True, True),
+        ("no_text", False, False),
+        ("no_text", True, True),
+    ]
+    stored = b"".join(bank.storage.read_bytes(one.path) for one in bank.storage.list())
+    assert b"doc-3" not in stored and b'"bad"' not in stored
+    assert bank.inspect(verify=True)["problems"] == []
+
+
 def test_counts_add_up_when_workers_judge(tmp_path):
     known, newest = corpus(10), Document("twice", "Newest.", event_time=9_000_000)
     bank = empty_bank(tmp_path / "bank", settings(tmp_path / "w"))
