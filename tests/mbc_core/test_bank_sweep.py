@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from bank_crash import next_codebook
 from bank_rows import key_of, make_bank, make_slice, numbered, shown
 from deltalake import DeltaTable
 from deltalake.exceptions import CommitFailedError
 
-from mbc_core.bank import Bank, SliceId, commit_slice, write_slice_rows
+from mbc_core.bank import Bank, SliceId, commit_slice, register_codebook, save_statistics, write_slice_rows
 from mbc_core.bank.compact import compact
 from mbc_core.bank.forget import forget
 from mbc_core.bank.sweep import delete_older, unreferenced
+from mbc_core.codebook.statistics import BatchStatistics
 
 GONE = "d0001"
 HOUR = 3600.0
@@ -102,4 +105,20 @@ def test_a_commit_whose_answer_was_lost_is_found_in_the_log(bank, monkeypatch, w
     assert len(lost) == 3
     names = {name for name, _ in shown(bank)}
     assert names == {f"d{number:04d}" for number in range(6)} - ({GONE} if work is not compact else set())
+    assert bank.inspect(verify=True)["problems"] == []
+
+
+def test_statistics_that_a_codebook_has_taken_in_go_when_no_run_can_want_them_anew(bank):
+    windows = ["2024-07-01T00:00:00Z", "2024-07-05T00:00:00Z"]
+    zero = BatchStatistics.zero(bank.manifest.codewords, bank.manifest.width, 0)
+    paths = [save_statistics(bank, f"s{day}", "0", window, zero) for day, window in zip((0, 4), windows, strict=True)]
+    for day, path in zip((0, 4), paths, strict=True):
+        rows = make_slice(f"s{day}", "0", [(f"s{day}", "text")], day=day, statistics=path)
+        commit_slice(bank, rows, f"s{day}", "0")
+    book = replace(next_codebook(), built_from=(windows[0],), last_window=windows[0])
+    register_codebook(bank, book, ingest_id="s4", slice_name="0")
+    assert compact(bank)["swept"] == 0 and there(bank, *paths) == [True, True]
+    compact(bank, safe_age=0)
+    assert there(bank, *paths) == [False, True]
+    assert bank.codebooks().pending_windows == (windows[1],)
     assert bank.inspect(verify=True)["problems"] == []
