@@ -96,9 +96,9 @@ def cut_windows(keys: NDArray[np.int64], least: int) -> list[tuple[int, int]]:
     """Consecutive windows of at least ``least`` passages, no document in two of them: (start, end) each.
 
     >>> cut_windows(np.array([1, 1, 2, 3, 3, 3, 4], np.int64), 2)
-    [(0, 2), (2, 6), (6, 7)]
+    [(0, 2), (2, 7)]
 
-    The last one takes what is left; when that is fewer than ``least`` / 2, the one before takes it too.
+    The last one takes what is left, so it is larger; only a stream that is shorter than ``least`` is one short window.
     """
     starts = [0, *(np.flatnonzero(keys[1:] != keys[:-1]) + 1).tolist(), len(keys)]
     cuts = [0]
@@ -106,9 +106,7 @@ def cut_windows(keys: NDArray[np.int64], least: int) -> list[tuple[int, int]]:
         if place - cuts[-1] >= least:
             cuts.append(place)
     if cuts[-1] < len(keys):
-        if len(cuts) > 1 and 2 * (len(keys) - cuts[-1]) < least:
-            cuts.pop()
-        cuts.append(len(keys))
+        cuts = [*(cuts[:-1] or cuts), len(keys)]
     return list(pairwise(cuts))
 
 

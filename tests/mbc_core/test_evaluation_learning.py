@@ -29,10 +29,10 @@ BOOK = codebook_of(to_slots(stream().embeddings, ROTATION, SLOTS)[:60], 12)
 WINDOWS = cut_windows(stream().keys, 40)
 
 
-def test_windows_are_whole_documents_and_a_short_rest_joins_the_last():
+def test_windows_are_whole_documents_and_the_rest_joins_the_last():
     keys = np.array([1, 1, 1, 2, 3, 3, 4, 5], np.int64)
     assert cut_windows(keys, 2) == [(0, 3), (3, 6), (6, 8)]
-    assert cut_windows(keys, 3) == [(0, 3), (3, 6), (6, 8)]
+    assert cut_windows(keys, 3) == [(0, 3), (3, 8)]
     assert cut_windows(keys, 5) == [(0, 8)]
     assert cut_windows(keys[:1], 5) == [(0, 1)]
     assert cut_windows(keys[:0], 5) == []
