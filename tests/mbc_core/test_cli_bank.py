@@ -83,6 +83,14 @@ def test_inspect_verify_fails_on_a_damaged_shard(bank, capsys):
     assert "problem: " in capsys.readouterr().out
 
 
+def test_leftovers_are_a_note_and_no_problem(bank, capsys):
+    path, _ = bank.files("codes")[0]
+    (Path(bank.uri) / "codes" / path).with_name("left.parquet").write_bytes(b"half a file")
+    assert run(cli, ["inspect", "--bank", bank.uri, "--verify"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "note: 1 files of 11 bytes belong to nothing" in shown and "counts add up" in shown
+
+
 def test_a_bank_that_is_not_there_is_wrong_use(tmp_path, capsys):
     assert run(cli, ["inspect", "--bank", str(tmp_path / "nothing"), "--json"]) == 2
     captured = capsys.readouterr()
