@@ -31,8 +31,8 @@ class LiveCodebooks:
     def __init__(self, bank: Bank, ingest_id: str, rule: UpdateRule | None = None) -> None:
         self._bank, self._ingest_id, self._rule = bank, ingest_id, rule
         self._chain: CodebookChain
+        self._chosen: dict[str, int] = {}
         self._follow(ingest_id)
-        self._chosen = dict(self._store("all", 0).recorded())
         self._folded: str | None = None
 
     def version_for(self, window: str) -> Codebook:
@@ -106,6 +106,7 @@ class LiveCodebooks:
         """Take the chain as the bank has it now; what this ingest has committed is in it."""
         self._table_version, self._ledger_version = self._version_of(_TABLE), self._version_of("ledger")
         self._chain, self._behind = self._bank.codebooks(self._rule, resuming=resuming), False
+        self._chosen.update(self._store("all", 0).recorded())
 
     def _version_of(self, table: str) -> int:
         return int(self._bank.table(table).version())

@@ -121,6 +121,9 @@ def test_who_loses_every_race_says_so(bank, monkeypatch):
         def publish(self, update):
             raise LostRace("codebook version 1 was published by another run meanwhile")
 
+        def recorded(self):
+            return {}
+
     monkeypatch.setattr(stream_codebook.LiveCodebooks, "_store", lambda self, *_: Loser())
     with pytest.raises(LostRace, match="published by another run"):
         learn(live, day(0), 1)
