@@ -109,7 +109,7 @@ def test_the_committer_may_die_at_any_operation(tmp_path, regrouped):
         operations = len(commit_all(whole, panes_in, patch))
     expected, counts = held(whole), sum_of(whole)
     assert len(expected.digests) >= 4 and operations > 100
-    for moment in range(1, operations + 1, int(os.environ.get("MBC_EVERY", "29"))):
+    for moment in range(1, operations + 1, int(os.environ.get("MBC_EVERY", "53"))):
         bank = copied(empty / "bank", tmp_path / f"bank{moment}")
         with pytest.MonkeyPatch.context() as patch, pytest.raises(Died):
             commit_all(bank, panes_in, patch, moment)
