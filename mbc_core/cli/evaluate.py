@@ -65,6 +65,7 @@ class Options:
     float_search: bool
     write_reads: Path | None
     from_reads: Path | None
+    keep_answers: Path | None
     seed: int
     device: str
 
@@ -159,6 +160,9 @@ def make(build: MakeBuilder | None) -> click.Command:
     @click.option(
         "--from-reads", type=_FILE, help="Answer what --write-reads wrote; no bank and no encoder are needed."
     )
+    @click.option(
+        "--keep-answers", type=_FILE, help="Add each read's answers to this file; a rerun goes on from there."
+    )
     @seed_option
     @device_option
     @json_option
@@ -246,6 +250,7 @@ def _answer(sheet: Sheet, told: Options) -> dict[str, Any]:
     """Step two: the language model answers."""
     from mbc_core import defaults
     from mbc_core.evaluation.answers import answer_sheet
+    from mbc_core.evaluation.kept_answers import KeptAnswers
     from mbc_core.evaluation.report import make_result
 
     base = defaults.language_model(told.lm, gguf_file=told.gguf, device=told.device)
@@ -253,7 +258,8 @@ def _answer(sheet: Sheet, told: Options) -> dict[str, Any]:
         total = sum(len(one.questions) for one in sheet.shown if adapters.has(one.adapter))
         note(f"{total:,} answers by {base.name}, adapter {name or 'none'}, on {told.device}")
         with progress_bar("answering", total) as advance:
-            answered = answer_sheet(sheet, base, adapters, progress=advance, say=note)
+            kept = KeptAnswers(told.keep_answers) if told.keep_answers is not None else None
+            answered = answer_sheet(sheet, base, adapters, kept=kept, progress=advance, say=note)
     result = dict(make_result(sheet, answered, told.against, told.seed))
     result["settings"] = {
         **sheet.figures.get("settings", {}),

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mbc_core.errors import UsageError
+from mbc_core.evaluation.kept_answers import KeptAnswers, made_of
 from mbc_core.evaluation.metrics import exact_match, f1, prefix_match
 from mbc_core.evaluation.sheet import Adapter, Sheet, Shown
 from mbc_core.reader.generate import NEW_TOKENS, answer_prompts
@@ -72,6 +73,7 @@ def answer_sheet(
     *,
     max_prompt: int = MAX_PROMPT,
     batch_tokens: int | None = None,
+    kept: KeptAnswers | None = None,
     progress: Callable[[int], None] | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[Answered]:
@@ -80,6 +82,7 @@ def answer_sheet(
     Args:
         base: the language model, without adapter.
         batch_tokens: most tokens of a batch; what suits the device when None.
+        kept: answers of an earlier run of this sheet; what is there is not asked again, what is new is added.
         progress: told how many more questions are answered.
         say: told each read when it is done.
 
@@ -94,7 +97,15 @@ def answer_sheet(
     for adapter in dict.fromkeys(one.adapter for one in chosen):
         with adapted(base, adapters.folder(adapter)) as model:
             for one in (one for one in chosen if one.adapter == adapter):
-                done[id(one)] = answered = _answer(sheet, one, model, max_prompt, batch_tokens, progress)
+                name = made_of(sheet, one, base.digest, adapters.folder(adapter), max_prompt) if kept else ""
+                told = kept.get(name) if kept else None
+                if told is None:
+                    told = _answer(sheet, one, model, max_prompt, batch_tokens, progress)
+                    if kept is not None:
+                        kept.add(name, label(one), told)
+                elif progress is not None:
+                    progress(len(one.questions))
+                done[id(one)] = answered = _scored(sheet, one, told)
                 say(f"{label(one)}: F1 {answered.f1.mean():.1f}, EM {answered.em.mean():.1f}")
     return [done[id(one)] for one in chosen]
 
@@ -136,7 +147,8 @@ def _answer(
     max_prompt: int,
     batch_tokens: int | None,
     progress: Callable[[int], None] | None,
-) -> Answered:
+) -> dict[str, object]:
+    """Predictions and what they cost, as they are kept."""
     form = PromptFormat(model.tokenizer)
     room = min(max_prompt, model.context - NEW_TOKENS)
     asked = [sheet.questions[place] for place in shown.questions]
@@ -145,11 +157,21 @@ def _answer(
     ids = [one.ids for one in prompts]
     predictions = answer_prompts(model, form, ids, batch_tokens=batch_tokens, progress=progress)
     spent = 1e3 * (time.perf_counter() - began) / len(asked)
+    return {
+        "predictions": predictions,
+        "prompt_tokens": float(np.mean([len(one.ids) for one in prompts])),
+        "passages": float(np.mean([one.lines for one in prompts])),
+        "generate_ms": spent,
+    }
+
+
+def _scored(sheet: Sheet, shown: Shown, told: Mapping[str, object]) -> Answered:
+    predictions = cast("list[str]", told["predictions"])
     return Answered(
         shown,
         predictions,
         **score(predictions, [sheet.answers[place] for place in shown.questions]),
-        prompt_tokens=float(np.mean([len(one.ids) for one in prompts])),
-        passages=float(np.mean([one.lines for one in prompts])),
-        generate_ms=spent,
+        prompt_tokens=cast("float", told["prompt_tokens"]),
+        passages=cast("float", told["passages"]),
+        generate_ms=cast("float", told["generate_ms"]),
     )

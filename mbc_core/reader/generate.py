@@ -14,7 +14,7 @@ from mbc_core.reader.language_model import LanguageModel
 from mbc_core.reader.prompt import PromptFormat
 
 NEW_TOKENS = 14
-_GPU_TOKENS = 16_384
+_GPU_TOKENS = 131_072  # a step of generation costs the same launches for ten rows as for a thousand
 _CPU_TOKENS = 4_096  # more is no faster on a CPU, and takes gigabytes
 
 

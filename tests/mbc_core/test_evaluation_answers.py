@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from mbc_core.errors import ModelError, UsageError
+from mbc_core.errors import ModelError, StorageError, UsageError
 from mbc_core.evaluation import answers as answers_module
 from mbc_core.evaluation.answers import Adapters, adapted, answer_sheet, label, score
+from mbc_core.evaluation.kept_answers import KeptAnswers
 from mbc_core.evaluation.metrics import exact_match, f1, prefix_match
 from mbc_core.evaluation.sheet import Lines, Sheet, Shown
+from mbc_core.reader.generate import answer_prompts
 from mbc_core.reader.kv_lora import KVLoraConfig, add_kv_lora, save_adapter, trainable
 from mbc_core.reader.language_model import LanguageModel
 from tests.mbc_core.tiny_reader import language_model
@@ -55,6 +57,43 @@ def sheet() -> Sheet:
         Shown("right-text", "text", 1, [0, 1], [one[:1] for one in both], 300.0, 0.0),
     ]
     return Sheet(["Where is Ann?", "Where is Bob?"], [["Rome"], ["Oslo", "x"]], lines.all(), shown)
+
+
+def test_a_run_that_was_cut_off_goes_on_where_it_stopped(sheet, folders, tmp_path, monkeypatch):
+    base = language_model("llama")
+    adapters = Adapters(folders["a"], folders["b"], folders["c"])
+    whole = answer_sheet(sheet, base, adapters)
+    path = tmp_path / "answers.jsonl"
+    asked: list[int] = []
+
+    def cut_off_after_two(model, form, ids, **options):
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        asked.append(len(ids))
+        return answer_prompts(model, form, ids, **options)
+
+    monkeypatch.setattr(answers_module, "answer_prompts", cut_off_after_two)
+    with pytest.raises(KeyboardInterrupt):
+        answer_sheet(sheet, base, adapters, kept=KeptAnswers(path))
+    with path.open("a") as stream:
+        stream.write('{"made_of": "cut sh')  # the line that was being written
+    asked.clear()
+    monkeypatch.setattr(answers_module, "answer_prompts", lambda *a, **o: asked.append(1) or answer_prompts(*a, **o))
+    told: list[int] = []
+    again = answer_sheet(sheet, base, adapters, kept=KeptAnswers(path), progress=told.append)
+    assert len(asked) == 3 and sum(told) == 10, "three of five reads are asked, all ten answers are told"
+    assert [one.predictions for one in again] == [one.predictions for one in whole]
+    assert [one.f1.tolist() for one in again] == [one.f1.tolist() for one in whole]
+    asked.clear()
+    answer_sheet(sheet, base, adapters, kept=KeptAnswers(path))
+    assert not asked
+    answer_sheet(sheet, base, Adapters(folders["b"], folders["b"], folders["c"]), kept=KeptAnswers(path))
+    assert len(asked) == 3, "another adapter's answers are not taken for this one's"
+
+
+def test_a_file_of_something_else_is_refused(tmp_path):
+    with pytest.raises(StorageError, match="the file of kept answers cannot be used"):
+        KeptAnswers(tmp_path)
 
 
 def logits(model: LanguageModel) -> torch.Tensor:
