@@ -142,7 +142,7 @@ def _offers(view: BankView, read: str) -> bool:
 def _figures(qa: QaSet, views: Mapping[str, BankView], main: BankView, asker: Asker, say: Say) -> dict[str, Any]:
     """What is measured without a language model."""
     recall: list[RecallFigures] = []
-    for view in views.values():
+    for view in (main, *views.values()):
         if all(one["T"] != view.slots for one in recall):  # profiles of one T share their addresses
             recall.append(asker.recall_figures(view))
             say(f"searched {len(view.texts):,} passages by code, T = {view.slots}")
