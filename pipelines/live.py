@@ -81,7 +81,7 @@ class SourceCounts:
     Attributes:
         files: read, changed ones again. records: handed on. waiting: read, not handed on yet. open_files: found, but
             not read yet. left: files that the end left for the next run. watermark: microseconds, None before the
-            first look.
+            first look. passed: the watermark that everything handed on before has reached.
     """
 
     files: int = 0
@@ -90,6 +90,7 @@ class SourceCounts:
     open_files: int = 0
     left: tuple[str, ...] = ()
     watermark: int | None = None
+    passed: int | None = None
 
 
 class _Once:

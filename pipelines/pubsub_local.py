@@ -81,7 +81,7 @@ class MessageStream:
 
     def ended(self) -> bool:
         """Called when the pipeline is idle: everything pulled so far is in its window, closed windows are committed."""
-        mark = self.counts.watermark
+        mark = self.counts.passed = self.counts.watermark
         if mark is not None:
             self.leases.release(mark)
         self.leases.renew()

@@ -51,7 +51,7 @@ class Figures:
             self.last_commit = time.time()
 
     def open_windows(self, watermark: int | None) -> int:
-        """Windows with records whose end the watermark has not passed."""
+        """Windows with records whose end ``watermark`` has not passed."""
         with self._lock:
             if watermark is not None:
                 self._ends = {end for end in self._ends if end > watermark}
@@ -116,7 +116,7 @@ def status_line(counts: SourceCounts, began: float, now: float) -> str:
         parts.append(f"{counts.waiting:,} waiting")
     if counts.open_files:
         parts.append(f"{counts.open_files:,} files open")
-    parts.append(f"{FIGURES.open_windows(counts.watermark):,} open windows")
+    parts.append(f"{FIGURES.open_windows(counts.passed):,} open windows")
     last = "" if FIGURES.last_commit is None else f", the last {_time(FIGURES.last_commit)}"
     parts.append(f"{FIGURES.commits:,} commits{last}")
     parts.append(f"watermark {'not set yet' if counts.watermark is None else _time(counts.watermark / 1e6)}")

@@ -17,7 +17,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -73,21 +73,22 @@ def stream(
         MbcError: counts that do not add up, and other errors of the family.
     """
     began = time.monotonic()
-    settings, streaming = settings or IngestSettings(), streaming or StreamSettings()
+    settings, streaming, drain = settings or IngestSettings(), streaming or StreamSettings(), drain or Drain()
     subscription = _check(sources, streaming)
     options, local = _options(beam_args, subscription is not None)
-    opened = open_bank(bank, settings)
-    ingest_id = settings.ingest_id or _derived_id(sources, settings)
-    plan = StreamPlan(job_of(opened, settings), ingest_id, streaming.allowed_lateness, settings.replay_per_window)
-    before = _ledger(opened.bank, ingest_id)
-    pipeline = beam.Pipeline(options=options)
-    counts = SourceCounts()
-    if local:
-        counts = _run_locally(pipeline, plan, sources, subscription, settings, streaming, show_progress, say, drain)
-    else:
-        _build(pipeline, ReadMessages(str(subscription), streaming.event_time_attribute), plan)
-        run(pipeline)
-    return _result(opened.bank, ingest_id, before, counts if local else None, time.monotonic() - began)
+    with draining(drain) if local else nullcontext():  # from the start: a model takes a while to load
+        opened = open_bank(bank, settings)
+        ingest_id = settings.ingest_id or _derived_id(sources, settings)
+        plan = StreamPlan(job_of(opened, settings), ingest_id, streaming.allowed_lateness, settings.replay_per_window)
+        before = _ledger(opened.bank, ingest_id)
+        pipeline = beam.Pipeline(options=options)
+        counts = None
+        if local:
+            counts = _run_locally(pipeline, plan, sources, subscription, settings, streaming, show_progress, say, drain)
+        else:
+            _build(pipeline, ReadMessages(str(subscription), streaming.event_time_attribute), plan)
+            run(pipeline)
+        return _result(opened.bank, ingest_id, before, counts, time.monotonic() - began)
 
 
 def _check(sources: Sequence[str], streaming: StreamSettings) -> str | None:
@@ -164,10 +165,9 @@ def _run_locally(
     streaming: StreamSettings,
     show_progress: bool | None,
     say: Callable[[str], None],
-    drain: Drain | None,
+    drain: Drain,
 ) -> SourceCounts:
     """Run until the source ends; returns what it counted."""
-    drain = drain or Drain()
     with ExitStack() as stack:
         if subscription is None:
             folder = stack.enter_context(staging_folder(settings.staging))
@@ -184,7 +184,6 @@ def _run_locally(
             stack.enter_context(drainable(pipeline, messages))
         FIGURES.reset()
         ENCODED.set(0)
-        stack.enter_context(draining(drain))
         stack.enter_context(stream_report(show_progress, counts, say))
         run(pipeline)
     if counts.left:

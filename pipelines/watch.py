@@ -30,9 +30,9 @@ from schemas.document import Document
 UNFINISHED = (".tmp", ".temp", ".part", ".partial", ".crdownload", ".swp", "~")
 """Endings of names that programs give to files they are still writing; such files are never read."""
 
-RELEASE_DOCUMENTS = 256
-RELEASE_CHARACTERS = 1 << 20
-"""Most of what is handed on at once: enough to fill the encoder's batches."""
+RELEASE_DOCUMENTS = 128
+RELEASE_CHARACTERS = 1 << 18
+"""Most of what is handed on at once: enough to fill the encoder's batches, and encoded within seconds."""
 
 LONGEST_HOLD = 600.0
 """Seconds for which one file that keeps changing may hold the watermark; its documents may be late after that."""
@@ -150,6 +150,7 @@ class FileStream:
 
     def step(self) -> Step:
         """Look when it is time, read for a moment, or hand on the oldest documents."""
+        self.counts.passed = self.counts.watermark  # the pipeline is idle: it has taken in all that was said
         self._look_when_due()
         released: list[tuple[int, Record]] = []
         ended = False

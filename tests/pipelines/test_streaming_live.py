@@ -17,8 +17,9 @@ from mbc_core.bank import Bank
 from mbc_core.errors import StorageError, UsageError
 from pipelines import watch
 from pipelines.ingest import main
-from pipelines.live import STREAM_RUNNER, Step, registered
+from pipelines.live import STREAM_RUNNER, Drain, SourceCounts, Step, registered
 from pipelines.options import StreamSettings, parse_arguments
+from pipelines.stream_progress import FIGURES, status_line
 from pipelines.streaming import stream
 from schemas.document import Document
 from schemas.results import IngestResult
@@ -210,6 +211,24 @@ def test_people_see_where_it_stands(world, capsys):
     assert shown.out == ""
     (line,) = [one for one in shown.err.splitlines() if "watermark" in one]
     assert line.startswith("4 read · 0 encoded (0.0 documents/s) · 0 open windows · 0 commits · watermark 20")
+    assert result["documents"] == 4
+
+
+def test_a_window_is_open_until_the_pipeline_has_passed_its_end():
+    FIGURES.reset()
+    for end in (2_000_000, 4_000_000):
+        FIGURES.saw(end)
+    counts = SourceCounts(records=10, waiting=3, open_files=1, watermark=5_000_000, passed=3_000_000)
+    shown = status_line(counts, 0, 10)
+    assert " · 3 waiting · 1 files open · 1 open windows · " in shown
+    assert shown.endswith("watermark 1970-01-01T00:00:05Z")
+
+
+def test_a_stream_that_is_asked_to_end_before_it_began_still_takes_what_is_there(world):
+    world.put("a.jsonl", OLD)
+    drain = Drain()
+    drain.ask()
+    result = stream([str(world.inbox)], world.uri, _settings(world), show_progress=False, drain=drain)
     assert result["documents"] == 4
 
 
