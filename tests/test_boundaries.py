@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -76,12 +77,24 @@ def test_no_bare_asserts_in_product_code(path):
     assert lines == [], "raise one of mbc_core.errors instead: it survives python -O and tells the reader what to do"
 
 
+OF_EXTRAS = {"google"}
+"""Comes with `mbc[gcp]`: Pub/Sub alone needs it."""
+
+
 def test_the_runtime_imports_exactly_what_it_declares():
     declared = tomllib.loads(PYPROJECT)["project"]["dependencies"]
     names = {re.split(r"[<>=\[]", one)[0] for one in declared} - USED_BY_OTHERS
     ours = {"mbc_core", "schemas", "pipelines"}
     used = set().union(*(roots(path.read_text("utf-8")) for path in PRODUCT)) - ours - set(sys.stdlib_module_names)
-    assert {DISTRIBUTION_OF.get(name, name) for name in used} == names
+    assert {DISTRIBUTION_OF.get(name, name) for name in used - OF_EXTRAS} == names
+
+
+def test_what_an_extra_brings_is_imported_where_it_is_asked_for_only():
+    users = {path.name for path in PRODUCT if OF_EXTRAS & roots(path.read_text("utf-8"))}
+    assert users == {"pubsub.py", "pubsub_local.py"}
+    missing = "; ".join(f"sys.modules[{name!r}] = None" for name in ("google.pubsub_v1", "google.cloud.pubsub"))
+    code = f"import sys; {missing}; import pipelines.main, pipelines.ingest, pipelines.streaming, pipelines.pubsub"
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
 
 
 def test_every_dependency_has_its_reason_beside_it():
