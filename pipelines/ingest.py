@@ -37,7 +37,7 @@ from mbc_core.bank.codebooks import version_rows
 from mbc_core.bank.recheck import JudgedAt
 from mbc_core.errors import DamagedFile, LostRace, MbcError, UsageError
 from pipelines.graph import Job, Share, build_distributed, build_slice, options_of, run
-from pipelines.memory import keep_memory_flat
+from pipelines.memory import give_memory_back, keep_memory_flat
 from pipelines.opening import Opened, job_of, open_bank
 from pipelines.options import IngestSettings, parse_arguments
 from pipelines.plan import Judged, Plan, Slice, Spill, deal_out, make_plan
@@ -223,6 +223,7 @@ class _SliceRunner:
             write_slice(self._job.bank, self._begin(one.name), None, tallies)
         one.path.unlink()
         self._forget_folded()
+        give_memory_back()
 
     def _run_until_done(self, one: Slice, staged: StagedBatches, tallies: Sequence[Tally]) -> None:
         """Run the graph again when another process came between; at most a few times."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from pipelines.memory import keep_memory_flat
+from pipelines.memory import give_memory_back, keep_memory_flat
 
 _CHILD = """
 import sys, threading
@@ -53,3 +53,24 @@ def test_threads_share_two_arenas():
 def test_arrow_allocates_from_them():
     keep_memory_flat()
     assert pa.default_memory_pool().backend_name == "system"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_freed_memory_goes_back_to_the_system():
+    """Small blocks freed below one that stays: without a trim the heap cannot shrink."""
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    blocks = [bytearray(4_000) for _ in range(30_000)]
+    last = bytearray(4_000)
+    del blocks
+    give_memory_back()
+    before = resident()
+    blocks = [bytearray(4_000) for _ in range(30_000)]
+    last += bytearray(4_000)
+    del blocks
+    held = resident()
+    give_memory_back()
+    assert resident() < before + (16 << 20)
+    assert resident() <= held
