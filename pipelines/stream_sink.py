@@ -180,12 +180,13 @@ class PaneCommitter:
             start += len(keep)
             if keep.any():
                 batches.append(_rows_where(batch, keep))
-        letters = self._letters.new(part.letters, again)
+        letters, repeated = self._letters.new(part.letters, again)
         tally = Tally(window, documents_in=int(fresh.sum()))
         if not again:
             letters = _with_forgotten(letters, window, int(gone.sum()))
-            counts = int(known.sum()), int(len(keys) - (fresh | known | gone).sum())
-            tally = replace(tally, documents_in=len(keys) - int(gone.sum()), duplicates=counts[0], replaced=counts[1])
+            replaced = int(len(keys) - (fresh | known | gone).sum())
+            seen = len(keys) - int(gone.sum()) + repeated
+            tally = replace(tally, documents_in=seen, duplicates=int(known.sum()) + repeated, replaced=replaced)
         return _Judged(batches, letters, tally)
 
     # ------------------------------------------------------------------------------------------------------- writing
@@ -237,19 +238,25 @@ class PaneCommitter:
 
 @dataclass
 class _StoredLetters:
-    """The dead letters that this ingest has stored, by what they say: sources may show them again."""
+    """The dead letters that this ingest has stored, by what they say: sources may show them again.
+
+    One that is shown again is not stored again; it counts as a duplicate.
+    """
 
     committer: PaneCommitter
     _stored: set[bytes] | None = field(default=None, init=False)
 
-    def new(self, letters: Sequence[DeadLetters], again: bool) -> DeadLetters | None:
+    def new(self, letters: Sequence[DeadLetters], again: bool) -> tuple[DeadLetters | None, int]:
         """Those to commit. A record of a file has its place there: it is the same one when it comes again.
 
         Args:
             again: all that are stored were counted before, whatever their source.
+
+        Returns:
+            The new ones, and how many were left out because they are stored already.
         """
         if not letters:
-            return None
+            return None, 0
         plan = self.committer.plan
         rows = concat([one.rows for one in letters])
         rows = refuse_letters(rows, self.committer.latest, plan.job.bank.manifest.salt)
@@ -259,7 +266,7 @@ class _StoredLetters:
             for name, row in zip(_letter_names(rows), rows.to_pylist(), strict=True)
         ]
         rows = rows.filter(pa.array([not one for one in known], pa.bool_()))
-        return DeadLetters(rows) if rows.num_rows else None
+        return (DeadLetters(rows) if rows.num_rows else None), sum(known)
 
     def committed(self, letters: DeadLetters | None) -> None:
         """Remember what was stored now."""

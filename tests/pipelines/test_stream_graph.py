@@ -206,8 +206,9 @@ def test_bad_records_do_not_stop_the_stream(tmp_path):
     assert panes(bank) == {
         (day(0), 0, day(0)): {"documents_in": 2, "documents": 1, "encode_failed": 1},
         (day(0), 0, ""): {"documents_in": 1, "not_json": 1},
-        (day(1), 0, day(1)): {"documents_in": 1, "documents": 1},
-    }, "the same line of the same file is not counted again"
+        (day(1), 0, day(1)): {"documents_in": 2, "documents": 1, "duplicates": 1},
+    }, "the same line of the same file is stored once, and seen twice"
+    assert bank.read("dead_letter").num_rows == 2
     reasons = {row["reason"]: row for row in bank.read("dead_letter").to_pylist()}
     assert set(reasons) == {"not_json", "encode_failed"}
     assert (reasons["not_json"]["source"], reasons["not_json"]["position"]) == ("feed.jsonl", 7)

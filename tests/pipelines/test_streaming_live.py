@@ -140,6 +140,24 @@ def test_a_broken_file_does_not_end_the_stream(world):
     assert world.reasons() == ["no_text", "no_text", "not_json", "source_unreadable"]
 
 
+def test_a_file_with_a_bad_line_may_grow(world):
+    """Its bad line is read again with the rest: a dead letter once, counted each time that it was read."""
+    lines = [to_line(OLD[0]), b"not json\n"]
+    world.put("a.jsonl", lines, age=3 * 86_400)
+
+    def drive():
+        wait_for(lambda: "old-0" in world.visible(), "the file")
+        wait_for(lambda: world.reasons() == ["not_json"], "its bad line")
+        world.put("a.jsonl", [*lines, to_line(OLD[1])], age=2 * 86_400)
+        wait_for(lambda: "old-1" in world.visible(), "the new line")
+
+    result = world.run(drive)
+    assert adds_up(result)
+    counts = [result[name] for name in ("documents_in", "documents", "duplicates", "dead_letters")]
+    assert counts == [5, 2, 2, 1]
+    assert world.reasons() == ["not_json"]
+
+
 def test_a_restart_reads_everything_and_adds_nothing_and_a_drained_window_takes_more(world):
     world.put("a.jsonl", [*OLD, Document("undated", "Arrived today."), b"broken\n"], age=5)
     first = world.run()
