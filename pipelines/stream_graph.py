@@ -49,9 +49,6 @@ from pipelines.stream_records import (
     WindowPaneCoder,
     arrived_rows,
     document_to_bytes,
-    hashes_of,
-    keys_of,
-    times_of,
 )
 from pipelines.stream_sink import opened
 from pipelines.transforms import Encode
@@ -212,7 +209,7 @@ class _BatchDoFn(beam.DoFn):
         self._manifest = plan.job.bank.manifest
 
     def setup(self) -> None:
-        self._latest = opened(self._plan, self._life).latest
+        self._committer = opened(self._plan, self._life)
 
     def start_bundle(self) -> None:
         self._held: dict[tuple[IntervalWindow, int], dict[int, Arrived]] = {}
@@ -247,7 +244,7 @@ class _BatchDoFn(beam.DoFn):
         if not held:
             return
         rows = arrived_rows(held, self._manifest.salt, self._manifest.window_seconds)
-        standing = self._latest.standing(keys_of(rows), hashes_of(rows), times_of(rows))
+        standing = self._committer.judge_arrived(rows)
         known, gone = standing == Standing.DUPLICATE, standing == Standing.FORGOTTEN
         shown = rows.filter(pa.array(known)).select(KNOWN_ROWS.names)
         refused = forgotten_rows(rows["window"].filter(pa.array(gone)).to_pylist())

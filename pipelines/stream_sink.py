@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -91,12 +92,36 @@ class PaneCommitter:
         self._done: set[tuple[str, int, int]] = set()
         self._replay_left: dict[str, int] = {}
         self._unsettled = False
-        self._lock = threading.Lock()
+        self._on_way: Counter[int] = Counter()
+        self._lock, self._way_lock = threading.Lock(), threading.Lock()
 
     @property
     def plan(self) -> StreamPlan:
         """What it was made for."""
         return self._plan
+
+    def judge_arrived(self, rows: pa.RecordBatch) -> npt.NDArray[np.int8]:
+        """Standing of documents that arrive, rows of ``STAGED``; none is a duplicate while its id is under way.
+
+        What the bank shows now may be replaced by what is under way before this document's window is committed.
+        """
+        keys = keys_of(rows)
+        standing = self.latest.standing(keys, hashes_of(rows), times_of(rows))
+        with self._way_lock:
+            under_way = np.array([key in self._on_way for key in keys.tolist()], bool)
+            standing[under_way & (standing == Standing.DUPLICATE)] = Standing.REVISION
+            passed = (standing != Standing.DUPLICATE) & (standing != Standing.FORGOTTEN)
+            self._on_way.update(keys[passed].tolist())
+        return standing
+
+    def _arrived(self, part: StreamPart) -> None:
+        """What was under way is committed."""
+        with self._way_lock:
+            for key in (key for batch in part.batches for key in keys_of(batch.documents).tolist()):
+                if self._on_way[key] <= 1:
+                    del self._on_way[key]
+                else:
+                    self._on_way[key] -= 1
 
     def commit_window(self, panes: Sequence[WindowPane]) -> list[str]:
         """Commit what one window has given up to now: the first panes of its shards together, each later one by itself.
@@ -113,6 +138,7 @@ class PaneCommitter:
                 part = StreamPart.concat(one.part for one in together)
                 number = self._commit(together[0].window, together[0].pane, part)
                 self._done.update((one.window, one.shard, one.pane) for one in together)
+                self._arrived(part)
                 if number is not None:
                     names.append(f"{together[0].window} pane {number}")
             return names

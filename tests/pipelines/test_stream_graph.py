@@ -189,6 +189,16 @@ def test_what_another_run_stored_is_a_duplicate_or_revised(tmp_path):
     assert _shown(bank, "changed") == changed.content_hash(bank.manifest.salt), "the newer run counts, as in batch"
 
 
+def test_a_text_that_comes_back_while_another_one_is_under_way_is_no_duplicate(tmp_path):
+    """When it came the bank showed this very text; when its turn comes the bank shows the other one."""
+    bank = new_bank(tmp_path)
+    first, second = (document("back", None, text) for text in ("First text.", "Second text."))
+    steps = [At(HOUR, first), Watermark(DAY + 1), document("b", DAY + HOUR), Watermark(2 * DAY + 1)]
+    run([*steps, [At(2 * DAY + HOUR, second), At(3 * DAY + HOUR, first)]], plan_of(bank))
+    assert _shown(bank, "back") == first.content_hash(bank.manifest.salt)
+    assert [counts.get("documents") for counts in panes(bank).values()] == [1, 1, 1, 1]
+
+
 def test_bad_records_do_not_stop_the_stream(tmp_path):
     bank = new_bank(tmp_path)
     bad = Rejected("not_json", "the line is not JSON.", "feed.jsonl", 7, b"no json", None)
