@@ -91,12 +91,13 @@ def compact(bank: str, history: int, safe_age: int, as_json: bool) -> None:
 
 def _ids_of(file: Path) -> list[str]:
     try:
-        text = (sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()).decode("utf-8")
+        text = (sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(
             "the ids cannot be read", value=str(file), cause=str(error), fix="name a text file in UTF-8, one id a line"
         ) from error
-    return [_id_of(line.strip()) for line in text.splitlines() if line.strip()]
+    # Not splitlines: ids and JSON may hold other characters that it takes for the end of a line.
+    return [_id_of(line.strip()) for line in text.split("\n") if line.strip()]
 
 
 def _id_of(line: str) -> str:

@@ -10,7 +10,7 @@ import pytest
 from bank_rows import make_bank, make_slice, numbered, shown
 
 from mbc_core.bank import Bank, commit_slice
-from mbc_core.cli import cli, run
+from mbc_core.cli import cli, life, run
 from schemas import results
 
 
@@ -52,6 +52,13 @@ def test_ids_from_a_file(bank, tmp_path, monkeypatch, capsys, given):
     assert run(cli, ["forget", "d0008", "--ids-file", given, "--bank", bank.uri, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["forgotten"], found["not_found"]) == (4, 1)
+
+
+def test_ids_from_a_file_of_another_system(tmp_path):
+    """A byte-order mark is no part of the first id, and only a line feed ends a line."""
+    file = tmp_path / "ids"
+    file.write_bytes('\ufeffd1\r\na\x85b\r\n{"id": "c\u2028d"}\r\n'.encode())
+    assert life._ids_of(file) == ["d1", "a\x85b", "c\u2028d"]
 
 
 @pytest.mark.parametrize(
