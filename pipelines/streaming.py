@@ -187,7 +187,7 @@ def _run_locally(
         stack.enter_context(stream_report(show_progress, counts, say))
         run(pipeline)
     if counts.left:
-        say(f"left for the next run, because they were still being written: {', '.join(counts.left[:10])}")
+        say(f"left for the next run, still being written or not read yet: {', '.join(counts.left[:10])}")
     return counts
 
 

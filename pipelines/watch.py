@@ -211,6 +211,7 @@ class FileStream:
             batch.add(arrived if time_of is None else time_of, record)
             if self._drain.level == 2:
                 batch.discard()
+                self._queue.appendleft(state)
                 return
         if self._watch.mark_read(state):
             self._backlog.take(batch)
@@ -244,6 +245,8 @@ class FileStream:
             counts.watermark = max(oldest, counts.watermark if counts.watermark is not None else oldest)
         if ended:
             counts.left = tuple(sorted({*self._watch.open, *(one.path for one in self._queue)}))
+            if counts.waiting:
+                self._say(f"{counts.waiting:,} records were read and not handed on: the next run reads them again.")
         return Step(released, counts.watermark, ended)
 
 

@@ -321,14 +321,30 @@ def test_a_drain_names_the_file_that_is_still_being_written(inbox, tmp_path):
 def test_a_second_request_leaves_what_waits_for_the_next_run(inbox, tmp_path, monkeypatch):
     monkeypatch.setattr(watch_module, "RELEASE_DOCUMENTS", 5)
     old(write_corpus(inbox / "a.jsonl", corpus(40)))
-    drain = Drain()
-    stream = stream_of(inbox, tmp_path, drain)
+    drain, said = Drain(), []
+    stream = stream_of(inbox, tmp_path, drain, said=said)
     run(stream, until=lambda found: len(found) == 10)
     drain.ask()
     drain.ask()
     step = stream.step()
     assert (len(step.elements), step.done) == (0, True)
     assert stream.counts.records == 10
+    assert said == ["30 records were read and not handed on: the next run reads them again."]
+
+
+def test_a_second_request_names_the_file_that_was_just_being_read(inbox, tmp_path, monkeypatch):
+    path = old(write_corpus(inbox / "a.jsonl", corpus(4)))
+    drain, records = Drain(), watch_module._records
+
+    def asked_meanwhile(state):
+        for record in records(state):
+            drain.level = 2
+            yield record
+
+    monkeypatch.setattr(watch_module, "_records", asked_meanwhile)
+    stream = stream_of(inbox, tmp_path, drain)
+    elements, _, done = run(stream)
+    assert (elements, done, stream.counts.left) == ([], True, (path,))
 
 
 def test_idle_exit_ends_a_stream_that_has_nothing_new(inbox, tmp_path):
