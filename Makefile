@@ -19,7 +19,7 @@ RUN_READY := $(VENV)/.ready-run
 DEV_READY := $(VENV)/.ready-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-full test test-fast lint format types bench clean distclean
+.PHONY: help setup demo demo-full test test-slow lint format types bench clean distclean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -32,11 +32,11 @@ demo: $(RUN_READY) ## 500 documents: ingest, first answer, short adaptation, sco
 demo-full: $(RUN_READY) ## all 10,033 documents, without the adaptation
 	@$(BIN)/mbc demo --full $(ARGS)
 
-test: lint types ## lint, types and every test
-	$(BIN)/python -m pytest -q $(ARGS)
-
-test-fast: $(DEV_READY) ## the tests that take less than ten seconds each
+test: lint types ## lint, types and the tests that take less than ten seconds each
 	$(BIN)/python -m pytest -q -m "not slow" $(ARGS)
+
+test-slow: $(DEV_READY) ## the longer tests: kills, races, many lives, the real models; about half an hour
+	$(BIN)/python -m pytest -q -m slow $(ARGS)
 
 lint: $(DEV_READY) ## ruff: lint and format, changing nothing
 	$(BIN)/ruff check .

@@ -2,7 +2,7 @@
 
 Three tiers: plain tests take no model and no network; tests with the fixture `assets` take the real encoder,
 language model and corpus (fetched once into the user's cache by `make test`); tests marked `slow` take more than
-ten seconds and are left out by `make test-fast`.
+ten seconds and are left to `make test-slow`.
 """
 
 from __future__ import annotations
