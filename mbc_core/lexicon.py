@@ -99,13 +99,11 @@ class Lexicon:
 
     def encode_words(self, words: Sequence[str]) -> list[list[int]]:
         """Codes of each word (one or more a word; none for an empty word), each word on its own."""
-        self._learn(words)
-        return [self._known[word][0] for word in words]
+        return [codes for codes, _ in self._learned(words)]
 
     def costs(self, words: Sequence[str]) -> list[int]:
         """Bits that each word takes on storage."""
-        self._learn(words)
-        return [self._known[word][1] for word in words]
+        return [bits for _, bits in self._learned(words)]
 
     def pack(self, ids: Sequence[int]) -> bytes:
         """Word codes → bytes, as stored in the bank."""
@@ -144,18 +142,22 @@ class Lexicon:
             )
         return str(self._tokenizer.decode(codes)).strip()
 
-    def _learn(self, words: Sequence[str]) -> None:
-        """Remember codes and bits of words that were not met lately."""
-        unknown = list(dict.fromkeys(word for word in words if word not in self._known))
-        if not unknown:
-            return
-        if len(self._known) > _REMEMBERED:
-            self._known.clear()
+    def _learned(self, words: Sequence[str]) -> list[tuple[list[int], int]]:
+        """Codes and bits of words; those that were met lately are remembered.
+
+        Threads share the memory, so a full one is replaced and never emptied: another thread may be reading it.
+        """
+        known = self._known
+        unknown = list(dict.fromkeys(word for word in words if word not in known))
+        if unknown and len(known) > _REMEMBERED:
+            self._known = known = {}
             unknown = list(dict.fromkeys(words))
-        encodings = self._tokenizer.encode_batch([f" {word}" for word in unknown])
-        for word, encoding in zip(unknown, encodings, strict=True):
-            ids = encoding.ids if word else []
-            self._known[word] = ids, sum(self._bits[code] for code in ids)
+        if unknown:
+            encodings = self._tokenizer.encode_batch([f" {word}" for word in unknown])
+            for word, encoding in zip(unknown, encodings, strict=True):
+                ids = encoding.ids if word else []
+                known[word] = ids, sum(self._bits[code] for code in ids)
+        return [known[word] for word in words]
 
 
 _REMEMBERED = 200_000  # words whose codes are kept in memory (about 40 MB); text repeats itself

@@ -78,6 +78,23 @@ def test_memory_of_known_words_is_bounded(monkeypatch):
         assert len(lexicon._known) <= 5
 
 
+def test_another_thread_may_fill_the_memory_meanwhile(monkeypatch):
+    """It is full while this call looks words up: the words that were known already must still be."""
+    lexicon = Lexicon([])
+    lexicon.encode_words(["known"])
+    tokenizer = lexicon._tokenizer
+
+    class Interrupted:
+        def encode_batch(self, texts):
+            lexicon._tokenizer = tokenizer
+            monkeypatch.setattr("mbc_core.lexicon._REMEMBERED", 0)
+            lexicon.encode_words(["other"])
+            return tokenizer.encode_batch(texts)
+
+    lexicon._tokenizer = Interrupted()
+    assert [lexicon.decode(codes) for codes in lexicon.encode_words(["known", "new"])] == ["known", "new"]
+
+
 @pytest.mark.parametrize("code", [-1, 256])
 def test_an_unknown_code_is_named(code):
     with pytest.raises(DamagedFile, match=rf"a word code is not in the lexicon: {code}.*codes 0 to 255"):
