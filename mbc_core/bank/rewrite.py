@@ -16,7 +16,7 @@ import json
 import re
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -113,14 +113,7 @@ def rewrite_table(
     clean: set[str] = set()
     written: dict[str, tuple[PreparedFile | None, pa.Table]] = {}
     for attempt in range(_ATTEMPTS):
-        seen, files, found = bank.steady(lambda: _unseen(bank, table, clean | written.keys()), table)
-        for path, rows in found.items():
-            kept = change(rows)
-            if kept is None:
-                clean.add(path)
-            else:
-                file = write_rows(bank, table, kept, path.rsplit("-", 1)[0]) if kept.num_rows else None
-                written[path] = file, rows
+        seen, files = bank.steady(lambda: _pass(bank, table, change, clean, written), table)
         chosen = {path: written[path] for path in sorted(files.keys() & written.keys())}
         note = note_removed(bank, [(rows, file) for file, rows in chosen.values()]) if counted else None
         added = [file for file, _ in chosen.values() if file is not None]
@@ -134,11 +127,27 @@ def rewrite_table(
     raise lost_race(bank, table)
 
 
-def _unseen(bank: Bank, table: str, known: Set[str]) -> tuple[DeltaTable, dict[str, int], dict[str, pa.Table]]:
-    """The table, its files, and the rows of those that are not known yet."""
+def _pass(
+    bank: Bank,
+    table: str,
+    change: Callable[[pa.Table], pa.Table | None],
+    clean: set[str],
+    written: dict[str, tuple[PreparedFile | None, pa.Table]],
+) -> tuple[DeltaTable, dict[str, int]]:
+    """The table and its files, after those in neither ``clean`` nor ``written`` went through ``change``.
+
+    One file at a time: of a table that is larger than memory only the changed files are held.
+    """
     seen = bank.table(table)
     files = files_of(seen)
-    return seen, files, {path: bank.read_file(table, path) for path in sorted(files.keys() - known)}
+    for path in sorted(files.keys() - clean - written.keys()):
+        rows = bank.read_file(table, path)
+        kept = change(rows)
+        if kept is None:
+            clean.add(path)
+        else:
+            written[path] = write_rows(bank, table, kept, path.rsplit("-", 1)[0]) if kept.num_rows else None, rows
+    return seen, files
 
 
 def lost_race(bank: Bank, table: str) -> StorageError:
