@@ -94,10 +94,11 @@ def answer_sheet(
     if not chosen:
         raise UsageError("there is nothing to answer", value=len(sheet.shown), fix="give a sheet with questions")
     done: dict[int, Answered] = {}
+    asking = (max_prompt, NEW_TOKENS, PromptFormat(base.tokenizer).build(["a line"], "A question?", max_prompt).ids)
     for adapter in dict.fromkeys(one.adapter for one in chosen):
         with adapted(base, adapters.folder(adapter)) as model:
             for one in (one for one in chosen if one.adapter == adapter):
-                name = made_of(sheet, one, base.digest, adapters.folder(adapter), max_prompt) if kept else ""
+                name = made_of(sheet, one, base.digest, adapters.folder(adapter), asking) if kept else ""
                 told = kept.get(name) if kept else None
                 if told is None:
                     told = _answer(sheet, one, model, max_prompt, batch_tokens, progress)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -31,8 +32,8 @@ class KeptAnswers:
         try:
             with path.open("a+", encoding="utf-8") as stream:
                 stream.seek(0)
-                lines = stream.read().splitlines(keepends=True)
-                if lines and not lines[-1].endswith("\n"):
+                text = stream.read()
+                if text and not text.endswith("\n"):
                     stream.write("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise StorageError(
@@ -41,7 +42,7 @@ class KeptAnswers:
                 cause=str(error),
                 fix="name a file in a folder that may be written, or another one if this holds something else",
             ) from error
-        for line in lines:
+        for line in text.split("\n"):  # not splitlines: an answer may hold U+2028
             try:
                 told = json.loads(line)
                 self._found[told["made_of"]] = told
@@ -60,11 +61,15 @@ class KeptAnswers:
         self._found[made_of] = told
 
 
-def made_of(sheet: Sheet, shown: Shown, base_digest: str, adapter: Path | None, max_prompt: int) -> str:
-    """sha256 (hex) of everything that the answers of one read depend on; devices and batches are left out."""
+def made_of(sheet: Sheet, shown: Shown, base_digest: str, adapter: Path | None, asking: Sequence[object]) -> str:
+    """sha256 (hex) of everything that the answers of one read depend on; devices and batches are left out.
+
+    Args:
+        asking: how it is asked: limits, and the ids of a prompt, which change with its form.
+    """
     digest = hashlib.sha256()
     parts = (asdict(shown), [sheet.questions[place] for place in shown.questions], sheet.memory(shown))
-    digest.update(json.dumps([*parts, base_digest, max_prompt], default=str).encode())
+    digest.update(json.dumps([*parts, base_digest, list(asking)], default=str).encode())
     for file in sorted(adapter.glob("adapter_*")) if adapter is not None else ():
         digest.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()
