@@ -99,7 +99,7 @@ def write_card(out: Path, before: Path, coded: Lexicon, data: Prepared) -> dict[
         "digest": coded.digest,
         "file_sha256": hashlib.sha256(out.read_bytes()).hexdigest(),
         "entries_of": Lexicon.load(before).digest,
-        "entries_trained_on": entries.get("trained_on", entries.get("entries_trained_on", [])),
+        "trained_on": entries.get("trained_on", []),
         "bits": {"shortest": min(coded.bits), "longest": max(coded.bits)},
         "counted_on": {"passages": len(data), **data.sources},
         "kept_by_budget": kept,
