@@ -308,14 +308,21 @@ def _result(bank: Bank, outcome: _Outcome, found: Found, seconds: float) -> dict
     ]
     total = total_of(rows)
     if outcome.documents_in is not None and total.documents_in != outcome.documents_in:
-        raise MbcError(
-            "the ledger does not hold every document that was read",
-            value=f"{outcome.documents_in} read, {total.documents_in} in the ledger",
-            cause="a commit is missing or was made twice: this is a defect of the program",
-            fix="run the same command again, and report it with this message",
-        )
+        raise not_all_in_the_ledger(outcome.documents_in, total.documents_in)
     return {
-        "ingest_id": outcome.ingest_id,
+        **counted(bank, outcome.ingest_id, rows, total, _encoded_now(outcome, rows), seconds),
+        "slices": outcome.slices,
+        "slices_skipped": outcome.skipped,
+        "passed_over": list(found.passed_over),
+    }
+
+
+def counted(
+    bank: Bank, ingest_id: str, rows: Sequence[Mapping[str, Any]], total: Tally, encoded: int, seconds: float
+) -> dict[str, Any]:
+    """What every ingest tells, batch or stream, from its rows of the ledger; ``encoded``: documents of this process."""
+    return {
+        "ingest_id": ingest_id,
         "documents": total.documents,
         "passages": total.passages,
         "duplicates": total.duplicates,
@@ -324,13 +331,20 @@ def _result(bank: Bank, outcome: _Outcome, found: Found, seconds: float) -> dict
         "windows": len({row["window"] for row in rows if row["documents"]}),
         "codebook_version": max(version_rows(bank)),
         "seconds": round(seconds, 3),
-        "documents_per_second": round(_encoded_now(outcome, rows) / max(seconds, 1e-9), 2),
+        "documents_per_second": round(encoded / max(seconds, 1e-9), 2),
         "documents_in": total.documents_in,
         "dead_letters_by_reason": dict(total.dead_letters),
-        "slices": outcome.slices,
-        "slices_skipped": outcome.skipped,
-        "passed_over": list(found.passed_over),
     }
+
+
+def not_all_in_the_ledger(read: int, held: int) -> MbcError:
+    """Documents were read that no row of the ledger counts, or counted twice."""
+    return MbcError(
+        "the ledger does not hold every document that was read",
+        value=f"{read} read, {held} in the ledger",
+        cause="a commit is missing or was made twice: this is a defect of the program",
+        fix="run the same command again, and report it with this message",
+    )
 
 
 def total_of(rows: Iterable[Mapping[str, Any]]) -> Tally:

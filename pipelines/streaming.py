@@ -26,10 +26,9 @@ import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
 
 from mbc_core.bank import Bank
-from mbc_core.bank.codebooks import version_rows
-from mbc_core.errors import MbcError, UsageError
+from mbc_core.errors import UsageError
 from pipelines.graph import run
-from pipelines.ingest import total_of
+from pipelines.ingest import counted, not_all_in_the_ledger, total_of
 from pipelines.live import STREAM_RUNNER, Drain, SourceCounts, registered
 from pipelines.opening import job_of, open_bank
 from pipelines.options import IngestSettings, StreamSettings
@@ -234,29 +233,13 @@ def _result(
         _require_all(total, counts.records, total_of(before))
     now = total.documents - total_of(before).documents
     return {
-        "ingest_id": ingest_id,
-        "documents": total.documents,
-        "passages": total.passages,
-        "duplicates": total.duplicates,
-        "replaced": total.replaced,
-        "dead_letters": sum(total.dead_letters.values()),
-        "windows": len({row["window"] for row in rows if row["documents"]}),
-        "codebook_version": max(version_rows(bank)),
-        "seconds": round(seconds, 3),
-        "documents_per_second": round(now / max(seconds, 1e-9), 2),
-        "documents_in": total.documents_in,
-        "dead_letters_by_reason": dict(total.dead_letters),
+        **counted(bank, ingest_id, rows, total, now, seconds),
         "left": [] if counts is None else list(counts.left),
     }
 
 
 def _require_all(total: Tally, records: int, before: Tally) -> None:
     """Every record that the source handed on is in the ledger; after a restart some were counted before."""
-    counted = total.documents_in - before.documents_in
-    if counted > records or (counted < records and not before.documents_in):
-        raise MbcError(
-            "the ledger does not hold every document that was read",
-            value=f"{records} read, {counted} in the ledger",
-            cause="a commit is missing or was made twice: this is a defect of the program",
-            fix="run the same command again, and report it with this message",
-        )
+    held = total.documents_in - before.documents_in
+    if held > records or (held < records and not before.documents_in):
+        raise not_all_in_the_ledger(records, held)

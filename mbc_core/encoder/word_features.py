@@ -1,8 +1,8 @@
 """What an uncased encoder cannot see of a word: its shape, the punctuation around it, whether it comes again.
 
-Answers are mostly names and numbers, and the encoder reads everything in lower case, so these few categories tell
-the salience head more about a word than another layer of states would. Every feature is a small whole number, and
-0 is kept for word pieces that belong to no word.
+Answers are mostly names and numbers, and the encoder reads everything in lower case. With the same training the head
+kept as many answers with these features as without (.728 and .729 of the held-out ones); they are in the head that
+ships. Every feature is a small whole number, and 0 is kept for word pieces that belong to no word.
 """
 
 from __future__ import annotations
