@@ -156,12 +156,12 @@ class PassageEncoder:
             chunk = texts[start : start + _TEXTS_AT_ONCE]
             encodings = self.tokenize(chunk)
             words = [_offered(text) for text in chunk] if self._head is not None else [[] for _ in chunk]
-            for batch, embeddings, logits in self._forward(chunk, encodings, words):
+            pieces = [piece_words(encoding, one) for encoding, one in zip(encodings, words, strict=True)]
+            for batch, embeddings, logits in self._forward(chunk, encodings, words, pieces):
                 for row, place in enumerate(batch.places):
                     scores = np.zeros(0, dtype=np.float32)
                     if logits is not None:
-                        pieces = piece_words(encodings[place], words[place])
-                        scores = word_scores(logits[row, : len(pieces)], pieces, len(words[place]))
+                        scores = word_scores(logits[row, : len(pieces[place])], pieces[place], len(words[place]))
                     names = tuple(word.text for word in words[place])
                     results[start + place] = EncodedPassage(embeddings[row].copy(), names, scores)
                 if progress is not None:
@@ -209,7 +209,11 @@ class PassageEncoder:
             yield HiddenStates(batch, mask, embeddings, states)  # outside: the caller's own mode is not ours to set
 
     def _forward(
-        self, texts: Sequence[str], encodings: Sequence[Encoding], words: Sequence[Sequence[Word]]
+        self,
+        texts: Sequence[str],
+        encodings: Sequence[Encoding],
+        words: Sequence[Sequence[Word]],
+        pieces: Sequence[npt.NDArray[np.int32]],
     ) -> Iterator[tuple[Batch, npt.NDArray[np.float32], npt.NDArray[np.float32] | None]]:
         """Per batch: embeddings float32 [rows, width] and, with a head, logits float32 [rows, length, 2]."""
         layers = self._head.shape.layers if self._head is not None else ()
@@ -218,8 +222,7 @@ class PassageEncoder:
             if self._head is not None:
                 features = np.zeros((*found.mask.shape, len(SIZES)), dtype=np.uint8)
                 for row, place in enumerate(found.batch.places):
-                    of_pieces = piece_features(texts[place], encodings[place], words[place])
-                    features[row, : len(of_pieces)] = of_pieces
+                    features[row, : len(pieces[place])] = word_features(texts[place], words[place])[pieces[place]]
                 with torch.inference_mode():
                     logits = self._head(found.states, found.mask, torch.from_numpy(features).to(self._device))
                     logits = logits.cpu().numpy()
@@ -295,11 +298,6 @@ def piece_words(encoding: Encoding, words: Sequence[Word]) -> npt.NDArray[np.int
     place = np.searchsorted(starts, offsets[:, 0], side="right") - 1
     inside = (place >= 0) & (offsets[:, 0] < ends[place]) & (offsets[:, 1] > offsets[:, 0])
     return np.where(inside, place, -1).astype(np.int32)
-
-
-def piece_features(text: str, encoding: Encoding, words: Sequence[Word]) -> npt.NDArray[np.uint8]:
-    """:func:`word_features` of each piece's word, uint8 [pieces, len(SIZES)]; 0 where a piece starts in no word."""
-    return word_features(text, words)[piece_words(encoding, words)]
 
 
 def _offered(text: str) -> list[Word]:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from mbc_core.encoder import PassageEncoder
-from mbc_core.encoder.passage_encoder import piece_features, piece_words
+from mbc_core.encoder.passage_encoder import piece_words
+from mbc_core.encoder.word_features import word_features
 from mbc_core.training.data import TrainingPassage
 from mbc_core.training.word_targets import WordTargets, word_targets
 from mbc_core.words import Word, split_words
@@ -73,7 +74,7 @@ class FrozenStates:
                 self.words.append(words)
                 token_ids.append(encoding.ids)
                 word_of_piece.append(piece_words(encoding, words))
-                features.append(piece_features(passage.text, encoding, words))
+                features.append(word_features(passage.text, words)[word_of_piece[-1]])  # the last row: no word
                 targets.append(word_targets(passage, words))
         self.answers = [target.answers for target in targets]
         self.lengths = np.array([len(ids) for ids in token_ids], dtype=np.int64)

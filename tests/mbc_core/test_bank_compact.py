@@ -13,7 +13,7 @@ import pytest
 from bank_crash import next_codebook
 from bank_rows import key_of, make_bank, make_slice, numbered, shown
 
-from mbc_core.bank import Bank, SliceId, commit_slice, finished_slices, register_codebook, write_slice_rows
+from mbc_core.bank import Bank, SliceId, commit, commit_slice, finished_slices, register_codebook, write_slice_rows
 from mbc_core.bank import compact as compact_module
 from mbc_core.bank.commit import COMPACTED, begin_slice, settle_all
 from mbc_core.bank.compact import compact, superseded
@@ -106,8 +106,6 @@ def test_files_of_a_run_that_is_going_on_stay_and_old_leftovers_go(bank):
 
 
 def test_documents_of_an_interrupted_run_go_but_not_those_of_a_slice_about_to_be_committed(bank, monkeypatch):
-    from mbc_core.bank import commit
-
     original, seen = commit.commit_files, []
 
     def in_between(bank_, table, *rest):
@@ -121,21 +119,24 @@ def test_documents_of_an_interrupted_run_go_but_not_those_of_a_slice_about_to_be
     assert bank.inspect(verify=True)["problems"] == []
 
 
-@pytest.mark.parametrize("whole", [True, False])
-def test_a_rerun_of_an_interrupted_slice_does_not_count_on_rows_that_were_compacted_away(bank, monkeypatch, whole):
-    from mbc_core.bank import commit
-
+def add_and_die(bank, monkeypatch, *, before: str) -> None:
+    """The slice `late`, whose run dies before it commits this table."""
     original = commit.commit_files
 
-    def dies_before_codes(bank_, table, *rest):
-        if table == "codes":
+    def dies(bank_, table, *rest):
+        if table == before:
             raise KeyboardInterrupt
         return original(bank_, table, *rest)
 
-    monkeypatch.setattr(commit, "commit_files", dies_before_codes)
+    monkeypatch.setattr(commit, "commit_files", dies)
     with pytest.raises(KeyboardInterrupt):
         add(bank, "late", numbered(50, 3))
     monkeypatch.undo()
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_rerun_of_an_interrupted_slice_does_not_count_on_rows_that_were_compacted_away(bank, monkeypatch, whole):
+    add_and_die(bank, monkeypatch, before="codes")
     if whole:
         compact(bank, history=0, safe_age=0)
         assert not {key_of("d0050")} & set(bank.read("documents")["key"].to_pylist())
@@ -218,19 +219,7 @@ def test_a_log_that_is_cut_short_loses_no_commit_and_shows_no_half_table(bank):
 
 
 def test_a_ledger_lost_before_a_compaction_is_settled_by_it(bank, monkeypatch):
-    from mbc_core.bank import commit
-
-    original = commit.commit_files
-
-    def dies_before_ledger(bank_, table, *rest):
-        if table == "ledger":
-            raise KeyboardInterrupt
-        return original(bank_, table, *rest)
-
-    monkeypatch.setattr(commit, "commit_files", dies_before_ledger)
-    with pytest.raises(KeyboardInterrupt):
-        add(bank, "late", numbered(50, 3))
-    monkeypatch.undo()
+    add_and_die(bank, monkeypatch, before="ledger")
     age(bank, 3 * 86_400)
     compact(bank)
     assert bank.inspect(verify=True)["problems"] == [] and settle_all(bank) == 0
