@@ -94,14 +94,15 @@ def answer_sheet(
     if not chosen:
         raise UsageError("there is nothing to answer", value=len(sheet.shown), fix="give a sheet with questions")
     done: dict[int, Answered] = {}
-    asking = (max_prompt, NEW_TOKENS, PromptFormat(base.tokenizer).build(["a line"], "A question?", max_prompt).ids)
+    form = PromptFormat(base.tokenizer)
+    asking = (max_prompt, NEW_TOKENS, form.build(["a line"], "A question?", max_prompt).ids)
     for adapter in dict.fromkeys(one.adapter for one in chosen):
         with adapted(base, adapters.folder(adapter)) as model:
             for one in (one for one in chosen if one.adapter == adapter):
                 name = made_of(sheet, one, base.digest, adapters.folder(adapter), asking) if kept else ""
                 told = kept.get(name) if kept else None
                 if told is None:
-                    told = _answer(sheet, one, model, max_prompt, batch_tokens, progress)
+                    told = _answer(sheet, one, model, form, max_prompt, batch_tokens, progress)
                     if kept is not None:
                         kept.add(name, label(one), told)
                 elif progress is not None:
@@ -145,12 +146,12 @@ def _answer(
     sheet: Sheet,
     shown: Shown,
     model: LanguageModel,
+    form: PromptFormat,
     max_prompt: int,
     batch_tokens: int | None,
     progress: Callable[[int], None] | None,
 ) -> dict[str, object]:
     """Predictions and what they cost, as they are kept."""
-    form = PromptFormat(model.tokenizer)
     room = min(max_prompt, model.context - NEW_TOKENS)
     asked = [sheet.questions[place] for place in shown.questions]
     began = time.perf_counter()

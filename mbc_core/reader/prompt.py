@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from mbc_core.errors import UsageError
 from mbc_core.reader.language_model import HfTokenizer, LanguageModel
 
 MAX_PROMPT_TOKENS = 1024
+_LINES_KEPT = 8_192  # an evaluation shows the same few thousand lines to every question, read after read
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +48,11 @@ class PromptFormat:
         self.end = [int(eos)] if eos is not None else self.newline[-1:]
         # Any special token ends an answer: releases of transformers name different ones as a GGUF's end of text.
         self.stop_ids = sorted({*self.end, *tokenizer.all_special_ids, self.newline[-1]})
+        self._line = lru_cache(_LINES_KEPT)(self._encode_line)
 
     def line(self, words: str) -> list[int]:
         """A memory line: a space, the words, a newline. Nothing for a passage without words."""
-        return [*self._encode(" " + words), *self.newline] if words.strip() else []
+        return list(self._line(words))
 
     def question(self, question: str) -> list[int]:
         """``Question: …`` on one line, then ``Answer:``."""
@@ -80,7 +83,7 @@ class PromptFormat:
         ids = list(self.start)
         used = 0
         for words in memory:
-            line = self.line(words)
+            line = self._line(words)
             if len(line) > room:
                 break
             ids += line
@@ -106,6 +109,9 @@ class PromptFormat:
             "input_ids"
         ]
         return encoded
+
+    def _encode_line(self, words: str) -> tuple[int, ...]:
+        return (*self._encode(" " + words), *self.newline) if words.strip() else ()
 
     def _decode(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
