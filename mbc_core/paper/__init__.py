@@ -1,0 +1,1 @@
+"""The paper's model: amortization, vector quantization with reset, aggregation, prefix, KV-LoRA; trained end to end."""
