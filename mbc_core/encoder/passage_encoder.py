@@ -170,14 +170,16 @@ class PassageEncoder:
 
     def encode_questions(self, questions: Sequence[str]) -> npt.NDArray[np.float32]:
         """Embeddings of questions, float32 [n, width], unit norm; of a longer one, its first 254 word pieces."""
-        token_ids = []
-        for encoding in self._tokenizer.encode_batch(list(questions)):
-            ids = encoding.ids
-            token_ids.append(ids if len(ids) <= MAX_TOKENS else [*ids[: MAX_TOKENS - 1], ids[-1]])
+        token_ids = self.question_tokens(questions)
         found = np.zeros((len(token_ids), self.width), dtype=np.float32)
         for ran in self.hidden_states(token_ids, ()):
             found[list(ran.batch.places)] = ran.embeddings[: len(ran.batch.places)].cpu().numpy()
         return found
+
+    def question_tokens(self, questions: Sequence[str]) -> list[list[int]]:
+        """Token ids of questions, with [CLS] and [SEP]; of a longer one, its first 254 word pieces."""
+        ids = [list(encoding.ids) for encoding in self._tokenizer.encode_batch(list(questions))]
+        return [one if len(one) <= MAX_TOKENS else [*one[: MAX_TOKENS - 1], one[-1]] for one in ids]
 
     def tokenize(self, texts: Sequence[str]) -> list[Encoding]:
         """Tokens of passages, with [CLS] and [SEP], neither padded nor cut.
