@@ -134,7 +134,7 @@ def update(head: Codebook, statistics: BatchStatistics, rule: UpdateRule, window
     mean = math.fsum(count) / head.size
     dead = np.flatnonzero(count < rule.dead_share * mean)
     reset_at = head.reset_at.copy()
-    words = _reset_words(len(dead), carried.candidates, np.delete(codewords, dead, axis=0), rule.reset_pool)
+    words = reset_words(len(dead), carried.candidates, np.delete(codewords, dead, axis=0), rule.reset_pool)
     given = dead[: len(words)]
     codewords[given] = words
     count[given] = mean
@@ -196,7 +196,7 @@ def _divide(old: Float32, count: Float64, total: Float64) -> Float32:
     return (total / count[:, None]).astype(np.float32)
 
 
-def _reset_words(wanted: int, candidates: Candidates, alive: Float32, pool: int) -> Float32:
+def reset_words(wanted: int, candidates: Candidates, alive: Float32, pool: int) -> Float32:
     """Up to ``wanted`` new words, float32 [≤ wanted, d_c]: where the codebook serves its candidates worst.
 
     Each word is the mean of the worst-served candidate and its nearest, one candidate a document and ``pool``
