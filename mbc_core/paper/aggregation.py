@@ -147,7 +147,7 @@ class Aggregator(nn.Module):
             raise _empty("no document")
         read = [
             self._read(queries, self.context(flat_memory(codewords, part).vectors), None)
-            for part in indices.split(group)
+            for part in torch.split(indices, group)
         ]
         while len(read) > 1:
             parts = [read[start : start + group] for start in range(0, len(read), group)]
@@ -191,9 +191,10 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, log_counts: Tensor | N
     """[B, heads, T, d]; with counts, logits and their logarithms meet in float32 even under autocast."""
     rows = len(query)
     if log_counts is None:
-        return functional.scaled_dot_product_attention(
+        found: Tensor = functional.scaled_dot_product_attention(
             query, key.expand(rows, -1, -1, -1), value.expand(rows, -1, -1, -1)
         )
+        return found
     bias = log_counts[:, None, None, :] if log_counts.dim() == 2 else log_counts
     logits = (query @ key.transpose(-1, -2)).float() * query.shape[-1] ** -0.5 + bias
     return logits.softmax(-1).to(value.dtype) @ value

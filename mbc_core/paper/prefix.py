@@ -12,7 +12,6 @@ A prefix stands before the first token in ``past_key_values``: it is always atte
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +19,7 @@ from torch.nn import functional
 
 from mbc_core.paper.amortization import SlotLinear
 from mbc_core.reader.language_model import HfModel
-
-Pairs: TypeAlias = list[tuple[Tensor, Tensor]]
-"""Key and value of each layer, each [B, key-value heads, virtual tokens, head width]."""
+from mbc_core.reader.prefix_cache import Pairs
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +78,8 @@ class Prefix(nn.Module):
         normal = functional.layer_norm(states, states.shape[-1:]) * self.norm_weight + self.norm_bias
         found = self.skip(states) + self.outer(functional.gelu(self.inner(normal)))
         shape = self.shape
-        split = found.view(len(latents), shape.layers, 2, self.prefix_tokens, shape.kv_heads, shape.head_dim)
-        split = split.permute(1, 2, 0, 4, 3, 5)  # layers, key or value, B, heads, virtual tokens, width
+        split = found.view(len(latents), self.prefix_tokens, shape.layers, 2, shape.kv_heads, shape.head_dim)
+        split = split.permute(2, 3, 0, 4, 1, 5)  # layers, key or value, B, heads, virtual tokens, width
         return [(layer[0], layer[1]) for layer in split]
 
 
@@ -94,16 +91,3 @@ def slot_sources(tokens: int, slots: int) -> Tensor:
     each, more = divmod(slots, tokens)
     copies = torch.tensor([each + (place < more) for place in range(tokens)])
     return torch.arange(tokens).repeat_interleave(copies)
-
-
-def prefix_cache(pairs: Pairs, dtype: torch.dtype | None = None) -> HfModel:
-    """A transformers cache that holds the prefix; gradients flow through it.
-
-    The model fills it further, so each forward pass needs a new one.
-
-    Args:
-        dtype: of the language model's keys; None leaves the prefix's.
-    """
-    from transformers import DynamicCache
-
-    return DynamicCache([(key.to(dtype or key.dtype), value.to(dtype or value.dtype)) for key, value in pairs])

@@ -1,4 +1,4 @@
-"""Greedy answers, in batches sorted by length.
+"""Greedy answers, in batches sorted by length; with a key and value prefix of every layer, if one is given.
 
 In float32 a question gets the same answer alone and in company; in bfloat16 padding may tip a near tie.
 """
@@ -6,12 +6,18 @@ In float32 a question gets the same answer alone and in company; in bfloat16 pad
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from mbc_core.reader.language_model import LanguageModel
+from mbc_core.reader.prefix_cache import prefix_cache
 from mbc_core.reader.prompt import PromptFormat
+
+Embed: TypeAlias = Callable[[Sequence[int], Tensor], Tensor]
+"""(places of the prompts in a batch, their left-padded ids [batch, longest]) → input embeddings for them."""
 
 NEW_TOKENS = 14
 _GPU_TOKENS = 131_072  # a step of generation costs the same launches for ten rows as for a thousand
@@ -26,6 +32,7 @@ def answer_prompts(
     new_tokens: int = NEW_TOKENS,
     batch_tokens: int | None = None,
     progress: Callable[[int], None] | None = None,
+    embed: Embed | None = None,
 ) -> list[str]:
     """Greedy continuations of the prompts, cut at end of text or line break.
 
@@ -34,6 +41,8 @@ def answer_prompts(
         new_tokens: most tokens an answer may have.
         batch_tokens: most tokens of a batch, padding included; None is what suits the device.
         progress: told how many more prompts are done.
+        prefixes: places of prompts → their prefix (see :func:`greedy`).
+        embed: input embeddings of a batch, where ids alone do not say them (soft tokens); None looks the ids up.
 
     Returns:
         one answer a prompt, in the given order.
@@ -48,7 +57,8 @@ def answer_prompts(
         while stop < len(order) and (stop + 1 - start) * len(prompts[order[stop]]) <= batch_tokens:
             stop += 1
         places = order[start:stop]
-        made = greedy(language_model, [prompts[place] for place in places], form.stop_ids, new_tokens)
+        embedded = None if embed is None else partial(embed, places)
+        made = greedy(language_model, [prompts[place] for place in places], form.stop_ids, new_tokens, embedded)
         for place, ids in zip(places, made, strict=True):
             answers[place] = form.text(ids)
         if progress is not None:
@@ -59,9 +69,16 @@ def answer_prompts(
 
 @torch.inference_mode()
 def greedy(
-    language_model: LanguageModel, prompts: Sequence[Sequence[int]], stop_ids: Sequence[int], new_tokens: int
+    language_model: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    stop_ids: Sequence[int],
+    new_tokens: int,
+    embed: Callable[[Tensor], Tensor] | None = None,
 ) -> list[list[int]]:
     """The likeliest next token, up to ``new_tokens`` times, for one left-padded batch.
+
+    Args:
+        embed: left-padded ids → input embeddings of the prompts; None looks the ids up.
 
     Returns:
         the new ids of each prompt, its stop id included when it came.
@@ -71,17 +88,24 @@ def greedy(
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     done = torch.zeros(len(prompts), dtype=torch.bool, device=ids.device)
     cache = None
+    if prefix is not None:
+        cache = prefix_cache(prefix, language_model.model.dtype)
+        virtual = prefix[0][0].shape[2]
+        mask = torch.cat([mask.new_ones(len(prompts), virtual), mask], dim=1)
+        positions = positions + virtual
     steps: list[Tensor] = []
+    shown = {"input_ids": ids} if embed is None else {"inputs_embeds": embed(ids)}
+    last = torch.tensor([ids.shape[1] - 1], device=ids.device)
     for _ in range(new_tokens):
         out = language_model.model(
-            input_ids=ids,
+            **shown,
             attention_mask=mask,
             position_ids=positions,
             past_key_values=cache,
             use_cache=True,
             # A number would slice the last states, and torch's bfloat16 product of a slice copies the whole
             # vocabulary matrix for every row: 60 MB a question. An index gathers them into one piece.
-            logits_to_keep=torch.tensor([ids.shape[1] - 1], device=ids.device),
+            logits_to_keep=last,
         )
         cache = out.past_key_values
         following = out.logits[:, -1].argmax(-1)
@@ -90,7 +114,8 @@ def greedy(
         done = done | torch.isin(following, stops)
         if bool(done.all()):
             break
-        ids = following[:, None]
+        shown = {"input_ids": following[:, None]}
+        last = torch.zeros_like(last)
         mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], dim=1)
         positions = positions[:, -1:] + 1
     return [_until_stop(row, stop_ids) for row in torch.stack(steps, 1).tolist()]
