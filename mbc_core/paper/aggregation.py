@@ -197,7 +197,8 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, log_counts: Tensor | N
         return found
     bias = log_counts[:, None, None, :] if log_counts.dim() == 2 else log_counts
     logits = (query @ key.transpose(-1, -2)).float() * query.shape[-1] ** -0.5 + bias
-    return logits.softmax(-1).to(value.dtype) @ value
+    weighted: Tensor = logits.softmax(-1).to(value.dtype) @ value
+    return weighted
 
 
 @torch.no_grad()

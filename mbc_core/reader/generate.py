@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mbc_core.reader.language_model import LanguageModel
-from mbc_core.reader.prefix_cache import prefix_cache
+from mbc_core.reader.prefix_cache import Pairs, prefix_cache
 from mbc_core.reader.prompt import PromptFormat
 
 Embed: TypeAlias = Callable[[Sequence[int], Tensor], Tensor]
@@ -33,6 +33,7 @@ def answer_prompts(
     batch_tokens: int | None = None,
     progress: Callable[[int], None] | None = None,
     embed: Embed | None = None,
+    prefixes: Callable[[Sequence[int]], Pairs] | None = None,
 ) -> list[str]:
     """Greedy continuations of the prompts, cut at end of text or line break.
 
@@ -41,8 +42,8 @@ def answer_prompts(
         new_tokens: most tokens an answer may have.
         batch_tokens: most tokens of a batch, padding included; None is what suits the device.
         progress: told how many more prompts are done.
-        prefixes: places of prompts → their prefix (see :func:`greedy`).
         embed: input embeddings of a batch, where ids alone do not say them (soft tokens); None looks the ids up.
+        prefixes: places of the prompts in a batch → their prefix (see :func:`greedy`).
 
     Returns:
         one answer a prompt, in the given order.
@@ -58,7 +59,9 @@ def answer_prompts(
             stop += 1
         places = order[start:stop]
         embedded = None if embed is None else partial(embed, places)
-        made = greedy(language_model, [prompts[place] for place in places], form.stop_ids, new_tokens, embedded)
+        prefix = None if prefixes is None else prefixes(places)
+        batch = [prompts[place] for place in places]
+        made = greedy(language_model, batch, form.stop_ids, new_tokens, embedded, prefix)
         for place, ids in zip(places, made, strict=True):
             answers[place] = form.text(ids)
         if progress is not None:
@@ -74,11 +77,14 @@ def greedy(
     stop_ids: Sequence[int],
     new_tokens: int,
     embed: Callable[[Tensor], Tensor] | None = None,
+    prefix: Pairs | None = None,
 ) -> list[list[int]]:
     """The likeliest next token, up to ``new_tokens`` times, for one left-padded batch.
 
     Args:
         embed: left-padded ids → input embeddings of the prompts; None looks the ids up.
+        prefix: key and value of each layer, [batch, key-value heads, virtual tokens, head width]: attended by every
+            token, before the first; positions start after it.
 
     Returns:
         the new ids of each prompt, its stop id included when it came.
