@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from mbc_core.cli.train_attend import attend_command
 from mbc_core.cli.train_encoder import lexicon_command, prepare_command, salience_command, word_code_command
 from mbc_core.cli.train_reader import reader_command
 
@@ -18,6 +19,7 @@ def train() -> None:
 
 
 train.add_command(reader_command)
+train.add_command(attend_command)
 
 
 train.add_command(lexicon_command)

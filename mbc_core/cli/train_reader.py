@@ -11,7 +11,7 @@ _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
-def _named_folders(
+def named_folders(
     context: click.Context, parameter: click.Parameter, values: tuple[str, ...]
 ) -> list[tuple[str, Path]]:
     """``NAME=FOLDER`` options."""
@@ -54,7 +54,7 @@ def _named_folders(
 @click.option(
     "--evaluate",
     multiple=True,
-    callback=_named_folders,
+    callback=named_folders,
     metavar="NAME=FOLDER",
     help="Prepared sets to read at the end.",
 )

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from mbc_core.codes import Rotation, code_size, quantize, to_slots
+from mbc_core.query_map import QueryMap
 from mbc_core.training.neighbours import nearest_by_code
 
 
@@ -20,6 +21,10 @@ class AddressIndex:
         embeddings: float32 [n, d], unit norm.
         rotation, codewords, slots: R, E (float32 [K, d_c]) and T.
         device: where the search runs.
+        query_map: made for R and T; None: the plain score.
+
+    Raises:
+        IncompatibleBank: the map belongs to another rotation or T.
     """
 
     def __init__(
@@ -29,7 +34,12 @@ class AddressIndex:
         codewords: NDArray[np.float32],
         slots: int,
         device: torch.device | str = "cpu",
+        query_map: QueryMap | None = None,
     ) -> None:
+        if query_map is not None:
+            query_map.require(rotation, slots)
+        self._map = query_map
+        self._weights = None if query_map is None else torch.from_numpy(query_map.length_weights).to(device)
         self.rotation, self.slots, self.device = rotation, slots, device
         codes = quantize(to_slots(embeddings, rotation, slots), codewords)
         self._codes = torch.from_numpy(codes.astype(np.int64)).to(device)
@@ -43,6 +53,11 @@ class AddressIndex:
         """Packed size of one address."""
         return code_size(self.slots)
 
+    def codes(self) -> NDArray[np.uint16]:
+        """c of every passage, uint16 [n, T]."""
+        found: NDArray[np.uint16] = self._codes.cpu().numpy().astype(np.uint16)
+        return found
+
     def nearest(self, questions: NDArray[np.float32], k: int) -> NDArray[np.int64]:
         """The passages that score best for each question.
 
@@ -55,7 +70,10 @@ class AddressIndex:
         k = min(k, len(self))
         if not len(questions):
             return np.zeros((0, k), dtype=np.int64)
-        turned = torch.from_numpy(to_slots(questions, self.rotation, self.slots)).to(self.device)
-        _, rows = nearest_by_code(turned, self._codes, self._codewords, k)
+        asked = to_slots(questions, self.rotation, self.slots)
+        if self._map is not None:
+            asked = self._map.apply(asked)
+        turned = torch.from_numpy(asked).to(self.device)
+        _, rows = nearest_by_code(turned, self._codes, self._codewords, k, length_weights=self._weights)
         found: NDArray[np.int64] = rows.cpu().numpy()
         return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
+Batch = TypeVar("Batch")
 _PAD_TO = 8
 
 
@@ -100,11 +101,11 @@ def steps_of(batches: Sequence[MicroBatch], samples: int) -> list[list[MicroBatc
 
 
 def prefetched(
-    make: Callable[[int], list[list[MicroBatch]]], first: int, ahead: int = 3
-) -> Iterator[tuple[int, list[list[MicroBatch]]]]:
+    make: Callable[[int], list[list[Batch]]], first: int, ahead: int = 3
+) -> Iterator[tuple[int, list[list[Batch]]]]:
     """Pools ``first``, ``first + 1``, … in order, made ``ahead`` of time by a background thread."""
     with ThreadPoolExecutor(max_workers=2, thread_name_prefix="samples") as workers:
-        waiting: list[tuple[int, Future[list[list[MicroBatch]]]]] = []
+        waiting: list[tuple[int, Future[list[list[Batch]]]]] = []
         number = first
         try:
             while True:
@@ -134,10 +135,10 @@ def _micro_batch(composed: Composed, group: np.ndarray[Any, Any], pad_id: int) -
     ids[filled] = composed.tokens.values[places]
     target_places = np.repeat(np.arange(len(group)) * width + lengths - answers, answers) + _runs(answers)
     targets = ids.reshape(-1)[target_places]
-    return MicroBatch(_pinned(ids), _pinned(target_places - 1), _pinned(targets), len(group))
+    return MicroBatch(pinned(ids), pinned(target_places - 1), pinned(targets), len(group))
 
 
-def _pinned(values: np.ndarray[Any, Any]) -> Tensor:
+def pinned(values: np.ndarray[Any, Any]) -> Tensor:
     """A tensor that copies to an accelerator without holding up the host."""
     tensor = torch.from_numpy(values)
     return tensor.pin_memory() if torch.cuda.is_available() else tensor

@@ -22,6 +22,23 @@ from mbc_core.words import split_words
 SHIP_EXCLUDED_SOURCES = frozenset({"race", "dream", "sciq", "mctest", "multirc", "bioasq", "archivalqa"})
 """Sources that weights in this repository are never trained on (research-only, or an unclear licence)."""
 
+LICENCES = {
+    "squad_train": "CC BY-SA 4.0 (SQuAD 1.1)",
+    "squad_sent": "CC BY-SA 4.0 (SQuAD 1.1)",
+    "squadshifts_new_wiki": "CC BY 4.0 (SQuADShifts)",
+    "squadshifts_reddit": "CC BY 4.0 (SQuADShifts)",
+    "squadshifts_amazon_reviews": "CC BY 4.0 (SQuADShifts)",
+    "nq_qed": "CC BY-SA 3.0 (Natural Questions via QED)",
+    "quoref": "CC BY 4.0",
+    "tweetqa": "CC BY-SA 4.0",
+    "realtimeqa": "RealTimeQA",
+    "realtimeqa_news": "RealTimeQA",
+    "realtimeqa_gcs": "articles that RealTimeQA links to",
+    "timeqa_human": "TimeQA",
+    "fairytaleqa": "FairytaleQA",
+}
+"""What the publishers of the training sets say, for cards."""
+
 SHIP_CUTOFF = "2024-07-01"
 """Rows dated from here on are for measuring only."""
 

@@ -97,6 +97,22 @@ class Trainer:
         self.decoder, self.head = base.base_model, base.get_output_embeddings()
         self.compiled = compile_layers and _compile_layers(self.decoder)
 
+    def add_weights(
+        self, weights: Mapping[str, nn.Parameter], *, scale: float = 1.0, weight_decay: float = 0.0
+    ) -> None:
+        """Train further weights with the adapter's; before the first step and before a checkpoint is taken up.
+
+        Args:
+            weights: by names that no weight of the adapter has; they are cast to the base's precision.
+            scale: of the learning rate.
+        """
+        masters = [weight.detach().float().clone().requires_grad_() for weight in weights.values()]
+        for weight in weights.values():
+            weight.data = weight.data.to(_base_dtype(self.language_model.model))
+        self.weights = {**self.weights, **weights}
+        self.masters = [*self.masters, *masters]
+        self.optimizer.add_param_group({"params": masters, "scale": scale, "weight_decay": weight_decay})
+
     def step(self, batches: Sequence[MicroBatch]) -> float:
         """One optimizer step over ``batches``; returns the mean loss per answer token, in nats."""
         answers = sum(len(batch.targets) for batch in batches)
@@ -133,7 +149,7 @@ class Trainer:
     def _update(self) -> None:
         rate = self.schedule.rate(self.schedule.progress(self.progress.step, self.progress.seconds))
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("scale", 1.0)
         for master, weight in zip(self.masters, self.weights.values(), strict=True):
             master.grad = None if weight.grad is None else weight.grad.float()
             weight.grad = None

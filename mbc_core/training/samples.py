@@ -7,8 +7,9 @@ resumed run goes on with the very same samples.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,9 @@ from mbc_core.training.prepared import Prepared
 from mbc_core.words import budget_bits, word_worth
 
 Int32 = NDArray[np.int32]
+Cloze: TypeAlias = tuple[str, str, int]
+"""Question, answer, row of the passage."""
+
 _NEVER = np.iinfo(np.uint16).max
 _CANDIDATES = 24
 
@@ -102,10 +106,10 @@ class SampleSource:
             rng.choice(mix.profiles, size=size),
             rng.integers(mix.budgets[0], mix.budgets[1] + 1, size),
         )
-        owner, row, is_true = self._choose_lines(rng, question, k)
+        owner, row, is_true = self.choose_lines(rng, question, k)
         return self._compose(question, owner, row, is_true, budget, as_text)
 
-    def _choose_lines(
+    def choose_lines(
         self, rng: np.random.Generator, question: Int64, k: Int64
     ) -> tuple[Int64, Int64, NDArray[np.bool_]]:
         """Which passages each sample shows, in the order shown: (sample, passage row, is the true one)."""
@@ -193,6 +197,7 @@ def build_source(
     *,
     mixture: Mixture | None = None,
     cloze_per_passage: int = 2,
+    cloze: Sequence[Cloze] | None = None,
     seed: int = 0,
     say: Callable[[str], None] = lambda text: None,
 ) -> SampleSource:
@@ -202,6 +207,7 @@ def build_source(
         others, ranks: for each asked question, see :class:`SampleSource`.
         passage_others: int64 [n, m], the nearest other passages of each passage, for cloze questions.
         cloze_per_passage: how many cloze questions are made of a passage, at most.
+        cloze: those questions, made already by :func:`cloze_questions`.
 
     Raises:
         UsageError: there is neither a question nor a cloze question to train on.
@@ -213,7 +219,7 @@ def build_source(
     text_ids = [
         ids[: mixture.text_tokens] for ids in form.encode_many([" " + " ".join(text.split()) for text in texts])
     ]
-    cloze = _cloze_questions(data, texts, cloze_per_passage, seed)
+    cloze = cloze_questions(data, cloze_per_passage, seed) if cloze is None else cloze
     say(f"made {len(cloze):,} cloze questions")
     questions = [*data.questions, *(question for question, _, _ in cloze)]
     answers = [*(given[0] for given in data.answers), *(answer for _, answer, _ in cloze)]
@@ -305,7 +311,9 @@ def _entry_budgets(
     return enters
 
 
-def _cloze_questions(data: Prepared, texts: list[str], each: int, seed: int) -> list[tuple[str, str, int]]:
+def cloze_questions(data: Prepared, each: int, seed: int) -> list[Cloze]:
+    """At most ``each`` cloze questions of every passage, and its row."""
+    texts = data.table["text"].to_pylist()
     made: dict[tuple[str, int], str] = {}
     words, scores = data.table["words"].to_pylist(), data.table["scores"].to_pylist()
     for row, text in enumerate(texts):

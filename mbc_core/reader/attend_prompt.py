@@ -1,0 +1,160 @@
+"""Prompts of the attend read: where a memory line would stand, soft tokens and a line break; and their answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mbc_core.codes import Float32
+from mbc_core.errors import UsageError
+from mbc_core.reader.attend import AttendProjector
+from mbc_core.reader.generate import NEW_TOKENS, Embed, answer_prompts
+from mbc_core.reader.language_model import LanguageModel
+from mbc_core.reader.prompt import MAX_PROMPT_TOKENS, Prompt, PromptFormat
+
+
+def attend_prompt(
+    form: PromptFormat, passages: int, question: str, soft_tokens: int, pad_id: int, max_tokens: int = MAX_PROMPT_TOKENS
+) -> Prompt:
+    """Ids of a prompt with room for the soft tokens of ``passages`` passages, best first.
+
+    Args:
+        soft_tokens: a passage.
+        pad_id: id that stands where a soft token will be put; it is never read.
+
+    Returns:
+        the prompt; ``lines`` says how many passages it holds, the last ones going first when room is short.
+
+    Raises:
+        UsageError: the question alone is longer than ``max_tokens``.
+    """
+    asked = form.build([], question, max_tokens).ids  # refuses a question that is too long
+    line = soft_tokens + len(form.newline)
+    held = min(passages, (max_tokens - len(asked)) // line)
+    start = len(form.start)
+    return Prompt([*asked[:start], *([*[pad_id] * soft_tokens, *form.newline] * held), *asked[start:]], held)
+
+
+def soft_places(form: PromptFormat, prompt: Prompt, soft_tokens: int) -> list[int]:
+    """Place of the first soft token of each passage in a prompt's ids."""
+    line = soft_tokens + len(form.newline)
+    return [len(form.start) + number * line for number in range(prompt.lines)]
+
+
+def put(embedded: Tensor, soft: Tensor, first: Tensor) -> Tensor:
+    """Input embeddings [batch, longest, width] with soft tokens in their places.
+
+    Args:
+        soft: [lines, soft_tokens, width].
+        first: int64 [lines], each line's first place in the flattened batch.
+    """
+    places = first[:, None] + torch.arange(soft.shape[1], device=first.device)
+    flat = embedded.flatten(0, 1)
+    return flat.index_copy(0, places.flatten(), soft.flatten(0, 1).to(flat.dtype)).view_as(embedded)
+
+
+def soft_embedding(
+    language_model: LanguageModel, form: PromptFormat, prompts: Sequence[Prompt], soft: Sequence[Tensor]
+) -> Embed:
+    """What :func:`mbc_core.reader.generate.answer_prompts` needs to show soft tokens.
+
+    Args:
+        soft: for each prompt its soft tokens, best passage first, [≥ prompt.lines, soft_tokens, width].
+    """
+    look_up = language_model.model.get_input_embeddings()
+
+    def embed(places: Sequence[int], ids: Tensor) -> Tensor:
+        embedded: Tensor = look_up(ids)
+        longest = ids.shape[1]
+        shown = [(row, place) for row, place in enumerate(places) if prompts[place].lines]
+        if not shown:
+            return embedded
+        first = [
+            row * longest + longest - len(prompts[place].ids) + at
+            for row, place in shown
+            for at in soft_places(form, prompts[place], soft[place].shape[1])
+        ]
+        tokens = torch.cat([soft[place][: prompts[place].lines] for _, place in shown])
+        return put(embedded, tokens.to(ids.device), torch.tensor(first, device=ids.device))
+
+    return embed
+
+
+@torch.inference_mode()
+def read_vectors(
+    projector: AttendProjector, passages: Sequence[Float32], questions: Float32, device: torch.device
+) -> list[Tensor]:
+    """Soft tokens of each question's passages.
+
+    Args:
+        passages: for each question x̂ of its passages, best first, float32 [k, d].
+        questions: q, float32 [n, d], unit norm.
+
+    Returns:
+        for each question [k, soft_tokens, lm_width], on the device.
+
+    Raises:
+        UsageError: vectors of another width than the projector's.
+    """
+    if len(passages) != len(questions) or any(one.shape[1:] != (projector.config.width,) for one in passages):
+        raise UsageError(
+            "the vectors do not fit the attend projector",
+            value=f"{len(passages)} lists, {len(questions)} questions, widths {sorted({one.shape[-1] for one in passages})}",
+            cause=f"vectors of width {projector.config.width} are expected, a list a question",
+            fix="use the encoder that the projector was trained for",
+        )
+    counts = [len(one) for one in passages]
+    if not sum(counts):
+        empty = torch.zeros(0, projector.config.soft_tokens, projector.config.lm_width, device=device)
+        return [empty for _ in counts]
+    projector = projector.to(device).eval()
+    stacked = torch.from_numpy(np.concatenate(passages).astype(np.float32)).to(device)
+    owner = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)).to(device)
+    asked = torch.from_numpy(np.asarray(questions, dtype=np.float32)).to(device)
+    return list(projector(stacked, asked[owner]).split(counts))
+
+
+def answer_attend(
+    language_model: LanguageModel,
+    projector: AttendProjector,
+    form: PromptFormat,
+    passages: Sequence[Float32],
+    questions: Sequence[str],
+    question_vectors: Float32,
+    *,
+    max_tokens: int = MAX_PROMPT_TOKENS,
+    new_tokens: int = NEW_TOKENS,
+    batch_tokens: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[list[str], list[Prompt]]:
+    """Greedy answers to questions with the vectors of their passages before them.
+
+    Args:
+        passages, question_vectors: as :func:`read_vectors` takes them.
+        max_tokens: of a prompt; passages go, the last ones first, never the question.
+
+    Returns:
+        the answers, and the prompts that were read.
+
+    Raises:
+        UsageError: vectors of another width, or a question that is too long.
+    """
+    soft = read_vectors(projector, passages, question_vectors, language_model.device)
+    size, pad = projector.config.soft_tokens, language_model.pad_id
+    prompts = [
+        attend_prompt(form, len(found), question, size, pad, max_tokens)
+        for found, question in zip(passages, questions, strict=True)
+    ]
+    answers = answer_prompts(
+        language_model,
+        form,
+        [one.ids for one in prompts],
+        new_tokens=new_tokens,
+        batch_tokens=batch_tokens,
+        progress=progress,
+        embed=soft_embedding(language_model, form, prompts, soft),
+    )
+    return answers, prompts

@@ -1,0 +1,376 @@
+"""``mbc train attend``: a projector that reads address codes as vectors, and the KV-LoRA that reads its soft tokens."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mbc_core.codebook.files import Codebook
+from mbc_core.codes import Rotation
+from mbc_core.errors import UsageError
+from mbc_core.evaluation.addresses import AddressIndex
+from mbc_core.lexicon import Lexicon
+from mbc_core.reader.attend import (
+    PROJECTOR_FILE,
+    AttendConfig,
+    AttendProjector,
+    embedding_scale,
+    save_projector,
+)
+from mbc_core.reader.kv_lora import KVLoraConfig, add_kv_lora, save_adapter
+from mbc_core.reader.language_model import LanguageModel
+from mbc_core.reader.prompt import PromptFormat
+from mbc_core.training.attend_data import AttendData, QuestionEncoder, attend_source, encoder_of, joined
+from mbc_core.training.attend_loop import AttendTables, AttendTrainer, AuxLoss
+from mbc_core.training.attend_reads import FULL_READS, QUICK_READS, AttendRead, Vectors, read_prepared
+from mbc_core.training.attend_samples import AttendBatch, AttendSource
+from mbc_core.training.batches import prefetched
+from mbc_core.training.data import LICENCES
+from mbc_core.training.loop import Clock, Schedule, load_checkpoint, save_checkpoint
+from mbc_core.training.prepared import Prepared, load_prepared
+from mbc_core.training.samples import Mixture
+
+_POOL_STEPS = 16
+_HELD_OUT_SAMPLES = 1024
+ATTEND_MIXTURE = Mixture(passages=(1, 3, 5), weights=(0.25, 0.3, 0.45), full_text=0.0, text_tokens=1)
+
+
+@dataclass(frozen=True, slots=True)
+class AttendRun:
+    """Size and speed of a run.
+
+    Attributes:
+        steps, minutes: the whole run ends at whichever comes first; minutes are of training alone.
+        call_minutes: stop after so many minutes of training in this call and leave a checkpoint to resume from.
+        batch: samples a step; rows: samples of one forward pass.
+        soft_tokens, hidden, rank, question, dropout: of the projector (:class:`AttendConfig`).
+        variants: share of lines shown by each codebook's codes, and last by the float embedding.
+        closed: train the adapter without memory on the very same questions: the equally trained closed book.
+        mixture: passages a question, cloze questions, distractors.
+    """
+
+    steps: int | None = None
+    minutes: float | None = 6.0
+    call_minutes: float | None = None
+    batch: int = 512
+    rows: int = 256
+    lr: float = 7e-4
+    projector_rate: float = 1.5
+    weight_decay: float = 0.01
+    seed: int = 0
+    compile_layers: bool = True
+    evaluate_every: float = 0.25
+    evaluate_questions: int = 500
+    soft_tokens: int = 4
+    hidden: int = 1024
+    rank: int = 192
+    question: bool = True
+    dropout: float = 0.1
+    variants: tuple[float, ...] = (0.7, 0.15, 0.15)
+    closed: bool = False
+    aux: AuxLoss = field(default_factory=AuxLoss)
+    kv_lora: KVLoraConfig = field(default_factory=KVLoraConfig)
+    mixture: Mixture = ATTEND_MIXTURE
+
+    @property
+    def shown(self) -> Mixture:
+        """What samples show."""
+        return replace(self.mixture, no_memory=1.0) if self.closed else self.mixture
+
+
+def train_attend(
+    prepared: Sequence[Path],
+    lexicon: Lexicon,
+    codebooks: Sequence[Codebook],
+    rotation: Rotation,
+    language_model: LanguageModel,
+    out_dir: Path,
+    run: AttendRun,
+    *,
+    encoder: QuestionEncoder | None = None,
+    targets: Sequence[str] | None = None,
+    evaluate: Mapping[str, Path] | None = None,
+    resume: bool = True,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, object]:
+    """Train, evaluate and write projector and adapter with their card.
+
+    Args:
+        prepared: what ``mbc train prepare`` wrote; further folders may hold passages without questions. Their ``dev``
+            passages are held out.
+        codebooks: of address codes; the first finds distractors and is evaluated with, all are trained on.
+        encoder: embeds the cloze questions made from the passages; without it a projector that looks at questions
+            learns from asked questions alone.
+        language_model: the base, without adapter; it is adapted in place.
+        out_dir: gets the adapter's files, ``projector.safetensors``, ``card.json``, ``curve.jsonl`` and, while the
+            run lasts, ``checkpoint/``.
+        evaluate: name → prepared folder of question sets, read at the end; the first also during the run.
+        resume: take up the checkpoint in ``out_dir`` when there is one.
+
+    Returns:
+        the card; ``finished`` is False when ``call_minutes`` ended this call early.
+
+    Raises:
+        DamagedFile: prepared data or the checkpoint cannot be read.
+        UsageError: no codebook, or as many variants as there are codebooks, and one more, were not given.
+        ModelError: the projections cannot be found.
+    """
+    _check(run, codebooks)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    data = joined([load_prepared(folder) for folder in prepared])
+    say(f"loaded {len(data):,} passages, {len(data.questions):,} questions")
+    device, form = language_model.device, PromptFormat(language_model.tokenizer)
+    made = attend_source(
+        data.split("train"), lexicon, form, codebooks, rotation, run.shown, run.soft_tokens, run.variants,
+        language_model.pad_id, encoder=encoder, needs_vectors=run.question and not run.closed, seed=run.seed,
+        device=device, say=say,
+    )  # fmt: skip
+    held_out = attend_source(
+        data.split("dev"), lexicon, form, codebooks, rotation, replace(run.shown, cloze=0.0), run.soft_tokens,
+        (1.0, *(0.0 for _ in run.variants[1:])), language_model.pad_id, encoder=None, needs_vectors=True,
+        seed=run.seed, device=device,
+    )  # fmt: skip
+    trainer, adapted = _trainer(language_model, made.tables, run, rotation.width, targets)
+    if resume and load_checkpoint(out_dir / "checkpoint", trainer):
+        say(f"resumed at step {trainer.progress.step:,} after {trainer.progress.seconds:.0f} s of training")
+    reads = _Reads(adapted, trainer, run, rotation, codebooks[0], say)
+    sets = {"held_out": data.split("dev"), **{name: load_prepared(one) for name, one in (evaluate or {}).items()}}
+    look = _Look(trainer, held_out, reads, sets, run)
+    finished = _train(trainer, made.source, run, out_dir, say, look)
+    trainer.finish()
+    save_adapter(adapted.model, out_dir, run.kv_lora, base_digest=language_model.digest, base_name=language_model.name)
+    encoder_id = encoder_of(prepared[0])
+    if not run.closed:
+        save_projector(
+            out_dir / PROJECTOR_FILE, trainer.projector, base_digest=language_model.digest, encoder=encoder_id,
+            rotation=rotation.digest,
+        )  # fmt: skip
+    tables = {name: reads.all(one, FULL_READS) for name, one in sets.items()} if finished else {}
+    card = _card(trainer, run, data, adapted, codebooks, rotation, encoder_id, finished, tables)
+    (out_dir / "card.json").write_text(json.dumps(card, indent=2) + "\n")
+    return card
+
+
+def _check(run: AttendRun, codebooks: Sequence[Codebook]) -> None:
+    if not codebooks or len(run.variants) != len(codebooks) + 1:
+        raise UsageError(
+            "the shares of the passage vectors do not fit the codebooks",
+            value=f"{len(run.variants)} shares, {len(codebooks)} codebooks",
+            cause="each codebook has a share, and the float embedding the last one",
+            fix="give one share more than codebooks, such as 0.7,0.15,0.15 for two",
+        )
+
+
+def _trainer(
+    language_model: LanguageModel, tables: AttendTables, run: AttendRun, width: int, targets: Sequence[str] | None
+) -> tuple[AttendTrainer, LanguageModel]:
+    adapted = add_kv_lora(language_model.model, run.kv_lora, names=targets, seed=run.seed)
+    adapted_lm = LanguageModel(adapted, language_model.tokenizer, language_model.digest, language_model.name)
+    weight = adapted.get_input_embeddings().weight
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(run.seed)
+        config = AttendConfig(
+            width, int(weight.shape[1]), run.soft_tokens, run.hidden, run.rank, run.question, run.dropout
+        )
+        projector = AttendProjector(config, embedding_scale(weight))
+    schedule = Schedule(run.steps, run.minutes * 60 if run.minutes else None, run.lr)
+    trainer = AttendTrainer(
+        adapted_lm, projector, tables, schedule, aux=run.aux, projector_rate=run.projector_rate,
+        weight_decay=run.weight_decay, seed=run.seed,
+        compile_layers=run.compile_layers and language_model.device.type == "cuda",
+    )  # fmt: skip
+    return trainer, adapted_lm
+
+
+def _train(
+    trainer: AttendTrainer,
+    source: AttendSource,
+    run: AttendRun,
+    out_dir: Path,
+    say: Callable[[str], None],
+    look: Callable[[], dict[str, float]],
+) -> bool:
+    """Steps until the schedule is done (True) or this call's time is up (False)."""
+    passes = max(1, round(run.batch / run.rows))
+
+    def make(number: int) -> list[list[AttendBatch]]:
+        batches = source.pool(run.seed, number, run.rows * passes * _POOL_STEPS, run.rows)
+        return [batches[start : start + passes] for start in range(0, len(batches), passes)]
+
+    clock, call_start = Clock(trainer), trainer.progress.seconds
+    next_look, logged = run.evaluate_every, (trainer.progress.samples, trainer.progress.seconds)
+    while next_look < trainer.schedule.progress(trainer.progress.step, trainer.progress.seconds):
+        next_look += run.evaluate_every
+    for number, steps in prefetched(make, trainer.progress.pool):
+        losses = _pool(trainer, steps, clock, say)
+        here = trainer.progress
+        here.pool, here.loss = number + 1, float(np.mean(losses)) if losses else here.loss
+        share = trainer.schedule.progress(here.step, here.seconds)
+        line: dict[str, object] = {
+            "step": here.step,
+            "samples": here.samples,
+            "seconds": round(here.seconds, 2),
+            "loss": round(here.loss, 4),
+            "aux": round(trainer.aux_loss, 4) if trainer.aux_loss == trainer.aux_loss else None,
+            "lr": trainer.schedule.rate(share),
+            "samples_per_second": round((here.samples - logged[0]) / max(1e-9, here.seconds - logged[1]), 1),
+        }
+        logged = (here.samples, here.seconds)
+        over = run.call_minutes is not None and here.seconds - call_start >= 60 * run.call_minutes
+        if share >= 1 or over or share >= next_look:
+            save_checkpoint(out_dir / "checkpoint", trainer)
+        looked = share >= next_look or share >= 1
+        if looked and not over:
+            next_look += run.evaluate_every
+            line |= look()
+            clock.restart()
+        _log(out_dir, line, say, quiet=number % 4 != 0 and not looked)
+        if share >= 1 or over:
+            return share >= 1
+    return True
+
+
+def _pool(
+    trainer: AttendTrainer, steps: Sequence[Sequence[AttendBatch]], clock: Clock, say: Callable[[str], None]
+) -> list[float]:
+    """The steps of one pool, or fewer when the schedule ends within it; the losses that were read back."""
+    losses = []
+    for batches in steps:
+        losses.append(_safe_step(trainer, batches, say))
+        clock.tick()
+        if trainer.schedule.progress(trainer.progress.step, trainer.progress.seconds) >= 1:
+            break
+    return [loss for loss in losses if loss == loss]  # nan: left on the device
+
+
+def _safe_step(trainer: AttendTrainer, batches: Sequence[AttendBatch], say: Callable[[str], None]) -> float:
+    """One step; when the compiler fails on this machine, go on without it and say so."""
+    try:
+        return trainer.step(batches)
+    except Exception as error:
+        if not trainer.compiled or isinstance(error, torch.OutOfMemoryError):
+            raise
+        say(f"compiling failed ({type(error).__name__}: {str(error)[:200]}); going on uncompiled")
+        trainer.compiled = False
+        torch.compiler.set_stance("force_eager")
+        for weight in trainer.weights.values():
+            weight.grad = None
+        return trainer.step(batches)
+
+
+@dataclass(slots=True)
+class _Reads:
+    """Reads question sets with the model as it is now."""
+
+    language_model: LanguageModel
+    trainer: AttendTrainer
+    run: AttendRun
+    rotation: Rotation
+    codebook: Codebook
+    say: Callable[[str], None]
+    vectors: dict[int, Vectors] = field(default_factory=dict)
+
+    def all(self, data: Prepared, reads: Sequence[AttendRead]) -> list[dict[str, object]]:
+        """Rows of the table; the closed book's alone for an adapter without memory."""
+        if not len(data.questions):
+            return []
+        reads = [one for one in reads if not self.run.closed or one.kind == "closed"]
+        kept = self.vectors.get(id(data))
+        if kept is None:
+            slots = self.rotation.width // self.codebook.width
+            index = AddressIndex(
+                data.embeddings, self.rotation, self.codebook.codewords, slots, self.language_model.device
+            )
+            kept = self.vectors[id(data)] = Vectors.of(index, self.codebook, self.rotation)
+        self.language_model.model.eval()
+        with torch.compiler.set_stance("force_eager"):
+            rows = read_prepared(
+                self.language_model, self.trainer.projector, data, kept, reads,
+                limit=self.run.evaluate_questions, seed=self.run.seed, say=self.say,
+            )  # fmt: skip
+        return [dict(row) for row in rows]
+
+
+@dataclass(slots=True)
+class _Look:
+    """Held-out loss, and F1 of a few reads of the first question set, for the curve."""
+
+    trainer: AttendTrainer
+    held_out: AttendData
+    reads: _Reads
+    sets: Mapping[str, Prepared]
+    run: AttendRun
+
+    def __call__(self) -> dict[str, float]:
+        training, tables = self.trainer.tables, self.held_out.tables
+        found: dict[str, float] = {}
+        self.trainer.tables = tables
+        try:
+            batches = self.held_out.source.pool(self.run.seed, 0, _HELD_OUT_SAMPLES, self.run.rows)
+            found["held_out_loss"] = round(self.trainer.loss(batches), 4)
+        finally:
+            self.trainer.tables = training
+        name = next((one for one in self.sets if one != "held_out"), "held_out")
+        for row in self.reads.all(self.sets[name], QUICK_READS):
+            found[f"{name}_{row['read']}_f1"] = round(float(str(row["f1"])), 2)
+        return found
+
+
+def _log(out_dir: Path, line: Mapping[str, object], say: Callable[[str], None], *, quiet: bool) -> None:
+    with (out_dir / "curve.jsonl").open("a") as stream:
+        stream.write(json.dumps(dict(line)) + "\n")
+    if not quiet:
+        told = [
+            f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in line.items()
+        ]
+        say("  ".join(told))
+
+
+def _card(
+    trainer: AttendTrainer,
+    run: AttendRun,
+    data: Prepared,
+    language_model: LanguageModel,
+    codebooks: Sequence[Codebook],
+    rotation: Rotation,
+    encoder_id: str,
+    finished: bool,
+    tables: Mapping[str, list[dict[str, object]]],
+) -> dict[str, object]:
+    device, sizes = language_model.device, {name: one.numel() for name, one in trainer.weights.items()}
+    what = "closed book, trained equally: the attend read's adapter on the same questions without memory"
+    return {
+        "what": what if run.closed else "attend: passage vectors decoded from address codes → soft tokens, and KV-LoRA",
+        "base": {"name": language_model.name, "digest": language_model.digest},
+        "encoder": encoder_id,
+        "parameters": {
+            "projector": 0 if run.closed else sum(n for name, n in sizes.items() if name.startswith("projector.")),
+            "kv_lora": sum(n for name, n in sizes.items() if "lora_" in name),
+        },
+        "finished": finished,
+        "run": asdict(run),
+        "progress": {name: one for name, one in asdict(trainer.progress).items() if one == one or not math.isnan(one)},
+        "samples_per_second": round(trainer.progress.samples / max(1e-9, trainer.progress.seconds), 1),
+        "compiled": trainer.compiled,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU",
+        "data": {
+            "passages": data.sources,
+            "licences": {name: LICENCES.get(name, "see its publisher") for name in data.sources},
+            "questions": len(data.questions),
+            "held_out": "passages of the split dev",
+        },
+        "codebooks": [one.digest for one in codebooks],
+        "rotation": rotation.digest,
+        "versions": {"torch": torch.__version__, "python": sys.version.split()[0]},
+        "made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "results": dict(tables),
+    }
