@@ -10,7 +10,7 @@ of M documents, aggregates each to T latents, and those in groups again: O(M·T)
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -106,11 +106,12 @@ class Aggregator(nn.Module):
         self.context: nn.Module = nn.Linear(context_width, width) if context_width != width else nn.Identity()
         self.blocks = nn.ModuleList(CrossAttentionBlock(width, heads, min(width, feed_forward)) for _ in range(blocks))
 
-    def forward(self, queries: Tensor, memory: Memory) -> Tensor:
+    def forward(self, queries: Tensor, memory: Memory | None) -> Tensor:
         """Read all of ``memory`` at once.
 
         Args:
             queries: [B, T, w].
+            memory: None leaves the cross-attention out and keeps the rest: an equally trained closed book.
 
         Returns:
             latents [B, T, w].
@@ -118,6 +119,10 @@ class Aggregator(nn.Module):
         Raises:
             UsageError: the memory is empty, or all its counts are zero.
         """
+        if memory is None:
+            for block in self.blocks:
+                queries = cast(CrossAttentionBlock, block).without_context(queries)
+            return queries
         _require_entries(memory)
         return self._read(queries, self.context(memory.vectors), memory.counts)
 
@@ -178,7 +183,10 @@ class CrossAttentionBlock(nn.Module):
         query = self._split(self.query(self.query_norm(queries)))
         key, value = self._split(self.key(normal)), self._split(self.value(normal))
         found = _attention(query, key, value, log_counts)
-        queries = queries + self.out(found.transpose(1, 2).reshape(queries.shape))
+        return self.without_context(queries + self.out(found.transpose(1, 2).reshape(queries.shape)))
+
+    def without_context(self, queries: Tensor) -> Tensor:
+        """The feed-forward half alone."""
         result: Tensor = queries + self.feed_forward(self.norm(queries))
         return result
 
