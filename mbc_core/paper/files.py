@@ -50,8 +50,12 @@ def save_paper_model(model: PaperModel, folder: Path, *, dtype: torch.dtype | No
 
 
 def load_paper_model(
-    folder: Path, language_model: LanguageModel, *, encoder: HfModel | None = None, question_encoder: HfModel | None = None
-) -> PaperModel:  # fmt: skip
+    folder: Path,
+    language_model: LanguageModel,
+    *,
+    encoder: HfModel | None = None,
+    question_encoder: HfModel | None = None,
+) -> PaperModel:
     """Read :func:`save_paper_model`; the model comes in evaluation mode.
 
     Args:
