@@ -36,6 +36,17 @@ Example: mbc ingest inbox/ --bank my-bank --streaming --window 1h
 @window_option
 @click.option("--ingest-id", help="Name of this run; a run of the same name goes on where it stopped.")
 @click.option("--keep-text", is_flag=True, help="Also store each document's text, compressed; off by default.")
+@click.option(
+    "--replay-per-window",
+    type=click.IntRange(1),
+    help="Most questions of a window that are kept for `mbc adapt`. The bank's own, or 256.",
+)
+@click.option(
+    "--replay-lifetime",
+    metavar="LENGTH",
+    help="How long they are kept, like 90d, or never. The bank's own, or 365d.",
+)
+@click.option("--no-replay", is_flag=True, help="Keep no questions of these documents.")
 @click.option("--streaming", is_flag=True, help="Watch the sources until SIGTERM, Ctrl-C or --idle-exit.")
 @click.option("--poll", metavar="LENGTH", help="Streaming: time between two looks at a folder (5s).")
 @click.option(
@@ -58,6 +69,9 @@ def ingest(
     window_seconds: int | None,
     ingest_id: str | None,
     keep_text: bool,
+    replay_per_window: int | None,
+    replay_lifetime: str | None,
+    no_replay: bool,
     streaming: bool,
     poll: str | None,
     allowed_lateness: str | None,
@@ -68,13 +82,22 @@ def ingest(
 ) -> None:
     """See INGEST_HELP."""
     with only_json(as_json) as stdout:
-        from pipelines.options import STREAM_OPTIONS, IngestSettings, refuse_without_streaming, stream_settings
+        from pipelines.options import (
+            STREAM_OPTIONS,
+            IngestSettings,
+            refuse_without_streaming,
+            replay_settings,
+            stream_settings,
+        )
 
+        per_window, lifetime = replay_settings(replay_per_window, replay_lifetime, no_replay)
         settings = IngestSettings(
             profile=profile,
             window_seconds=window_seconds,
             ingest_id=ingest_id,
             keep_text=keep_text,
+            replay_per_window=per_window,
+            replay_lifetime=lifetime,
             device=device,
         )
         told = (poll, allowed_lateness, idle_exit, event_time_attribute)

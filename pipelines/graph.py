@@ -59,13 +59,13 @@ class Share:
 
     Attributes:
         slice_id: its name. continues: the window that goes on in the next slice.
-        replay_limits: window → most replay rows.
+        replay_floors: window → the greatest priority of replay rows that its sample can still take.
         judged: what its duplicates were judged against.
     """
 
     slice_id: SliceId
     continues: str | None = None
-    replay_limits: Mapping[str, int] = field(default_factory=dict)
+    replay_floors: Mapping[str, int] = field(default_factory=dict)
     judged: JudgedAt | None = None
 
 
@@ -85,7 +85,7 @@ def build(read: Read, job: Job, share: Share, spill_folder: Path | None = None) 
     letters = (read.dead_letters, encoded.dead_letters) | "DeadLetters" >> beam.Flatten()
     tallies = (read.tallies, codebooks.tallies) | "Tallies" >> beam.Flatten()
     parts = {"codes": codes, "dead_letters": letters, "tallies": tallies}
-    return parts | "WriteCodes" >> WriteCodes(job.bank, share.slice_id, job.shards, share.replay_limits, share.judged)
+    return parts | "WriteCodes" >> WriteCodes(job.bank, share.slice_id, job.shards, share.replay_floors, share.judged)
 
 
 def build_slice(

@@ -35,6 +35,7 @@ from mbc_core.bank import (
 )
 from mbc_core.bank.codebooks import version_rows
 from mbc_core.bank.recheck import JudgedAt
+from mbc_core.bank.replay import PER_WINDOW, KeptPriorities
 from mbc_core.errors import DamagedFile, LostRace, MbcError, UsageError
 from pipelines.graph import Job, Share, build_distributed, build_slice, options_of, run
 from pipelines.memory import give_memory_back, keep_memory_flat
@@ -179,7 +180,8 @@ def _choose_run(bank: Bank, spill: Spill, settings: IngestSettings) -> _Chosen:
 
 
 def _derived_id(fingerprint: str, settings: IngestSettings) -> str:
-    told = f"{fingerprint}/{settings.slice_documents}/{settings.keep_text}/{settings.replay_per_window}"
+    replay = PER_WINDOW if settings.replay_per_window is None else settings.replay_per_window
+    told = f"{fingerprint}/{settings.slice_documents}/{settings.keep_text}/{replay}"
     return f"run-{hashlib.blake2b(told.encode(), digest_size=8).hexdigest()}"
 
 
@@ -242,7 +244,7 @@ class _SliceRunner:
                     raise
 
     def _run_graph(self, one: Slice, staged: StagedBatches, tallies: Sequence[Tally]) -> None:
-        share = Share(self._begin(one.name), one.continues, self._replay_limits(one), self._chosen.judged)
+        share = Share(self._begin(one.name), one.continues, self._replay_floors(one), self._chosen.judged)
         pipeline = beam.Pipeline(options=options_of(self._beam_args))
         build_slice(pipeline, staged, tallies, self._job, share)
         run(pipeline)
@@ -250,9 +252,13 @@ class _SliceRunner:
     def _begin(self, name: str) -> SliceId:
         return begin_slice(self._job.bank, self._chosen.ingest_id, name)
 
-    def _replay_limits(self, one: Slice) -> dict[str, int]:
-        """A window that several slices share keeps an equal part of its replay rows from each."""
-        return {window: -(-self._settings.replay_per_window // parts) for window, parts in one.parts.items()}
+    def _replay_floors(self, one: Slice) -> Mapping[str, int]:
+        """What the samples of this slice's windows can still take, after the slices before it."""
+        if not self._job.rule.replay:
+            return {}
+        kept = KeptPriorities(self._job.bank.replay_policy().per_window)
+        kept.load(self._job.bank, one.parts)
+        return kept.floors()
 
     def _forget_folded(self) -> None:
         """Delete statistics files that a new codebook version has taken in."""

@@ -229,8 +229,11 @@ def _require_texts(old: Bank, wanted: _Wanted, chosen: _Chosen) -> None:
 
 def _settings(old: Bank, given: IngestSettings, stored: bool) -> IngestSettings:
     name = hashlib.blake2b(old.manifest.salt, digest_size=8).hexdigest()
+    replay = old.replay_policy()
     return replace(
         given,
+        replay_per_window=replay.per_window if given.replay_per_window is None else given.replay_per_window,
+        replay_lifetime=replay.lifetime if given.replay_lifetime is None else given.replay_lifetime,
         profile=given.profile or old.manifest.profile,
         window_seconds=old.manifest.window_seconds,
         ingest_id=f"migrate-{name}",

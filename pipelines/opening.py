@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mbc_core.bank import Bank, Storage
+from mbc_core.bank.replay import ReplayPolicy, set_policy
 from mbc_core.codebook.files import Codebook
 from mbc_core.codes import Rotation
 from mbc_core.windows import DAY
@@ -22,6 +23,8 @@ class Opened:
     bank: Bank
     encoder: EncoderSource
     rotation: Rotation
+    replay: ReplayPolicy | None
+    """None: this run makes no replay."""
 
 
 def open_bank(uri: str, settings: IngestSettings) -> Opened:
@@ -56,10 +59,13 @@ def open_bank(uri: str, settings: IngestSettings) -> Opened:
         window_seconds=settings.window_seconds or (there.window_seconds if there else DAY),
         **salt,
     )
-    return Opened(Bank.open_or_create(uri, manifest, book), source, rotation)
+    bank = Bank.open_or_create(uri, manifest, book)
+    off = settings.replay_per_window == 0
+    policy = set_policy(bank, None if off else settings.replay_per_window, settings.replay_lifetime)
+    return Opened(bank, source, rotation, None if off else policy)
 
 
 def job_of(opened: Opened, settings: IngestSettings) -> Job:
     """What the graph needs to know."""
-    rule = EncodeRule(opened.bank.manifest.words, settings.keep_text, replay=settings.replay_per_window > 0)
+    rule = EncodeRule(opened.bank.manifest.words, settings.keep_text, replay=opened.replay is not None)
     return Job(opened.bank, opened.encoder, opened.rotation, rule, settings.update_rule, settings.shards)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +15,6 @@ from mbc_core.windows import parse_length
 from pipelines.encoding import MINILM, SHIPPED, EncoderSource, EncoderSpec
 from pipelines.plan import SLICE_DOCUMENTS
 from pipelines.read import BATCH_DOCUMENTS
-from pipelines.sink import REPLAY_PER_WINDOW
 from schemas.manifest import PROFILES, Profile
 
 if TYPE_CHECKING:
@@ -34,7 +34,9 @@ class IngestSettings:
         slice_documents: most documents of a slice. shards: files a table and commit (distributed runs).
         batch_documents: most documents an encoder call takes; codes do not depend on it.
         keep_text: store texts too, compressed.
-        replay_per_window: most question-answer rows that a window keeps for adaptation.
+        replay_per_window: most question-answer rows that a window keeps for adaptation, from now on; None takes the
+            bank's. 0: this run makes none; what is there stays.
+        replay_lifetime: seconds for which they are kept, ``math.inf`` for ever; None takes the bank's.
         staging: folder for the texts of a run; the system's temporary folder when None.
         encoder: what encodes, if not the default. rotation, codebook: files or ``weights:`` references, if not the
             shipped ones. update_rule: when the codebook is updated.
@@ -51,7 +53,8 @@ class IngestSettings:
     shards: int = 1
     batch_documents: int = BATCH_DOCUMENTS
     keep_text: bool = False
-    replay_per_window: int = REPLAY_PER_WINDOW
+    replay_per_window: int | None = None
+    replay_lifetime: float | None = None
     staging: Path | None = None
     encoder: EncoderSource | None = None
     rotation: str | None = None
@@ -63,6 +66,13 @@ class IngestSettings:
         for name in ("slice_documents", "batch_documents", "shards"):
             if getattr(self, name) < 1:
                 raise UsageError(f"`{name}` must be at least 1", value=getattr(self, name), fix="give a larger number")
+        if (self.replay_per_window or 0) < 0 or not (self.replay_lifetime is None or self.replay_lifetime > 0):
+            raise UsageError(
+                "replay cannot be kept like this",
+                value=(self.replay_per_window, self.replay_lifetime),
+                cause="less than no questions, or for no time",
+                fix="give a number of at least 0 and a lifetime above 0, or leave replay off",
+            )
         if self.profile is not None and self.profile not in PROFILES:
             raise UsageError(
                 "the profile is unknown",
@@ -118,6 +128,30 @@ def stream_settings(
         idle_exit=None if idle_exit is None else parse_length(idle_exit, "--idle-exit"),
         event_time_attribute=event_time_attribute,
     )
+
+
+def replay_settings(per_window: int | None, lifetime: str | None, off: bool) -> tuple[int | None, float | None]:
+    """``replay_per_window`` and ``replay_lifetime`` as the command line gives them.
+
+    Args:
+        lifetime: a length like 90d, or ``never``. off: make no replay.
+
+    Raises:
+        UsageError: a length that cannot be read, or a size together with ``off``.
+    """
+    if off and per_window is not None:
+        raise UsageError(
+            "--no-replay and --replay-per-window do not go together",
+            value=per_window,
+            cause="one leaves replay out, the other says how much",
+            fix="leave out one of them",
+        )
+    seconds = None if lifetime is None else math.inf if lifetime == "never" else float(_lifetime(lifetime))
+    return (0 if off else per_window), seconds
+
+
+def _lifetime(text: str) -> int:
+    return parse_length(text, "--replay-lifetime")
 
 
 STREAM_OPTIONS = ("--poll", "--allowed-lateness", "--idle-exit", "--event-time-attribute")
@@ -200,6 +234,9 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     parser.add_argument("--slice-documents", type=int, default=SLICE_DOCUMENTS, help="documents made durable at once")
     parser.add_argument("--shards", type=int, default=1, help="files a table and commit")
     parser.add_argument("--keep-text", action="store_true", help="store the texts too, compressed")
+    parser.add_argument("--replay-per-window", type=int, help="questions a window keeps for adaptation (bank's; 256)")
+    parser.add_argument("--replay-lifetime", help="how long they are kept, like 90d, or never (bank's; 365d)")
+    parser.add_argument("--no-replay", action="store_true", help="make no questions in this run")
     parser.add_argument("--staging", type=Path, help="folder for the texts of this run while it lasts")
     parser.add_argument(
         "--streaming", action="store_true", help="watch the sources until SIGTERM, Ctrl-C or --idle-exit"
@@ -210,7 +247,10 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     parser.add_argument("--event-time-attribute", help="streaming: attribute of Pub/Sub messages with the event time")
     parser.add_argument("--json", action="store_true", dest="as_json", help="one JSON object on standard output")
     found, beam_args = parser.parse_known_args(argv)
+    per_window, lifetime = replay_settings(found.replay_per_window, found.replay_lifetime, found.no_replay)
     settings = IngestSettings(
+        replay_per_window=per_window,
+        replay_lifetime=lifetime,
         profile=found.profile,
         ingest_id=found.ingest_id,
         device=found.device,

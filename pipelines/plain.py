@@ -14,9 +14,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from mbc_core.bank.replay import priority
 from mbc_core.codebook.statistics import BatchStatistics
 from mbc_core.codes import Rotation, pack, quantize, to_slots
-from mbc_core.evaluation.cloze import make_cloze
+from mbc_core.evaluation.cloze import gives_away, make_cloze
 from mbc_core.passages import split_passages
 from mbc_core.windows import window_order
 from mbc_core.words import choose_words, split_words
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
 HELD_OUT_ONE_IN = 10
 """One document in so many is kept out of training, by its key: it measures an adapter."""
 
-_CLOZE_PASSAGES = 3
+_CLOZE_PASSAGES, _CLOZE_SEEDS = 3, 3
 _SYSTEMIC = 8
 
 
@@ -170,13 +171,16 @@ def _replay(
         split = "heldout" if stable_hash(b"split", key) % HELD_OUT_ONE_IN == 0 else "train"
         for question, answer in pairs:
             row = {name: document[name] for name in ("key", "event_time", "window")}
-            priority = stable_hash(b"replay", key, question.encode())
-            rows.append(row | {"question": question, "answer": answer, "split": split, "priority": priority})
+            told = {"question": question, "answer": answer, "split": split}
+            rows.append(row | told | {"priority": priority(document["key"], question)})
     return rows
 
 
 def _cloze(key: bytes, passages: Sequence[str], encoded: Sequence[EncodedPassage]) -> list[tuple[str, str]]:
-    """One cloze question from a passage chosen by the document's key; the next ones are tried when it offers none."""
+    """One cloze question from a passage chosen by the document's key; the next ones are tried when it offers none.
+
+    One that gives a word of its answer away is not asked.
+    """
     start = stable_hash(b"passage", key)
     for step in range(min(len(passages), _CLOZE_PASSAGES)):
         place = (start + step) % len(passages)
@@ -185,8 +189,10 @@ def _cloze(key: bytes, passages: Sequence[str], encoded: Sequence[EncodedPassage
         if not words:  # an encoder without a salience head: every word is as good as another
             words = [one.text for one in split_words(passages[place])]
             scores = np.zeros(len(words), np.float32)
-        if made := make_cloze(passages[place], words, scores, seed=0):
-            return [made]
+        for seed in range(_CLOZE_SEEDS):
+            made = make_cloze(passages[place], words, scores, seed)
+            if made is not None and not gives_away(*made):
+                return [made]
     return []
 
 
@@ -288,16 +294,21 @@ def packed_array(packed: npt.NDArray[np.uint8]) -> pa.Array:
     return fixed.cast(pa.binary())
 
 
-def smallest_by_priority(rows: pa.RecordBatch, limits: Callable[[str], int]) -> pa.RecordBatch:
-    """Of each window the ``limits(window)`` rows with the least ``priority``: a sample that no order changes."""
+def smallest_by_priority(rows: pa.RecordBatch, count: int, floors: Mapping[str, int] | None = None) -> pa.RecordBatch:
+    """Of each window the ``count`` rows with the least ``priority``: a sample that no order changes.
+
+    Args:
+        floors: window → the greatest priority that is still wanted; any where none is given.
+    """
     order = np.lexsort((column(rows, "priority"), rows["window"].dictionary_encode().indices.to_numpy()))
-    windows = rows["window"].to_pylist()
+    windows, ranks = rows["window"].to_pylist(), column(rows, "priority").tolist()
     taken: dict[str, int] = {}
     keep = []
     for place in order.tolist():
-        count = taken.get(windows[place], 0)
-        if count < limits(windows[place]):
-            taken[windows[place]] = count + 1
+        window = windows[place]
+        seen = taken.get(window, 0)
+        if seen < count and (floors is None or window not in floors or ranks[place] <= floors[window]):
+            taken[window] = seen + 1
             keep.append(place)
     return rows.take(pa.array(sorted(keep), pa.int64()))
 

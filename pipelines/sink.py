@@ -24,9 +24,6 @@ from schemas.tables import LEDGER, TABLES
 
 PCollection = beam.PCollection
 
-REPLAY_PER_WINDOW = 256
-"""Most replay rows a window keeps: a sample of its documents, enough to measure and train an adapter on."""
-
 _ONE_COMMIT = "commit"
 
 
@@ -39,7 +36,7 @@ class WriteCodes(beam.PTransform):
         bank: opened; it pickles as its address.
         slice_id: ingest id, name and pane; made before the workers start, so that retries agree.
         shards: files a table; keep ≥ 5,000 documents a shard.
-        replay_limits: window → most replay rows it keeps; ``REPLAY_PER_WINDOW`` for others.
+        replay_floors: window → the greatest priority of replay rows that its sample can still take; any for others.
         judged: what duplicates were judged against; the commit judges again what others have added since.
 
     Raises (while running):
@@ -55,12 +52,12 @@ class WriteCodes(beam.PTransform):
         bank: Bank,
         slice_id: SliceId,
         shards: int = 1,
-        replay_limits: Mapping[str, int] | None = None,
+        replay_floors: Mapping[str, int] | None = None,
         judged: JudgedAt | None = None,
     ) -> None:
         super().__init__()
         self.bank, self.slice_id, self.shards, self.judged = bank, slice_id, shards, judged
-        self.replay_limits = dict(replay_limits or {})
+        self.replay_floors = dict(replay_floors or {})
 
     def expand(self, pcolls: Mapping[str, PCollection[Any]]) -> PCollection[str]:
         """Shard, write, and commit when every shard is written; the output is the slice's name."""
@@ -70,7 +67,7 @@ class WriteCodes(beam.PTransform):
             >> beam.FlatMap(deal_by_key, shards=self.shards).with_output_types(tuple[int, CodeBatch])
             | "GatherShard" >> beam.GroupByKey()
             | "WriteShard"
-            >> beam.ParDo(_WriteShardDoFn(self.bank, self.slice_id, self.shards, self.replay_limits))
+            >> beam.ParDo(_WriteShardDoFn(self.bank, self.slice_id, self.shards, self.replay_floors))
             .with_output_types(tuple[str, bytes])
         )  # fmt: skip
         letters = (
@@ -95,14 +92,12 @@ def _tally_part(tally: Tally) -> tuple[str, bytes]:
 
 
 class _WriteShardDoFn(beam.DoFn):
-    def __init__(self, bank: Bank, slice_id: SliceId, shards: int, limits: Mapping[str, int]) -> None:
-        self._bank, self._slice_id, self._shards, self._limits = bank, slice_id, shards, limits
+    def __init__(self, bank: Bank, slice_id: SliceId, shards: int, floors: Mapping[str, int]) -> None:
+        self._bank, self._slice_id, self._shards, self._floors = bank, slice_id, shards, floors
 
     def process(self, element: tuple[int, Iterable[CodeBatch]]) -> Iterator[tuple[str, bytes]]:
         shard, batches = element
-        files, tallies = write_shard(
-            self._bank, self._slice_id, CodeBatch.concat(list(batches)), self._limits, shard, self._shards
-        )
+        files, tallies = write_shard(self._bank, self._slice_id, CodeBatch.concat(list(batches)), self._floors, shard)
         for table, file in files.items():
             yield table, json.dumps(asdict(file)).encode()
         for tally in tallies:
@@ -138,17 +133,20 @@ class _CommitDoFn(beam.DoFn):
 
 
 def write_shard(
-    bank: Bank, slice_id: SliceId, batch: CodeBatch, limits: Mapping[str, int], shard: int = 0, shards: int = 1
+    bank: Bank, slice_id: SliceId, batch: CodeBatch, floors: Mapping[str, int], shard: int = 0
 ) -> tuple[dict[str, PreparedFile], list[Tally]]:
     """Write one shard's rows; nothing reads them before the commit.
 
     Args:
-        limits: window → most replay rows (of all shards together).
+        floors: window → the greatest priority of replay rows that is still wanted. A shard writes what its own rows
+            may give to the window's sample; which of all shards' rows the sample has, the bank's reader chooses.
 
     Returns:
         Table → its file, and the counts of the shard by window.
     """
-    replay = smallest_by_priority(batch.replay, lambda window: -(-limits.get(window, REPLAY_PER_WINDOW) // shards))
+    replay = batch.replay
+    if replay.num_rows:
+        replay = smallest_by_priority(replay, bank.replay_policy().per_window, floors)
     rows = {"codes": batch.codes, "documents": batch.documents, "replay": replay}
     files = {}
     for name, part in rows.items():
@@ -192,7 +190,7 @@ def write_slice(
     codes: CodeBatch | None,
     tallies: Iterable[Tally],
     dead_letters: DeadLetters | None = None,
-    replay_limits: Mapping[str, int] | None = None,
+    replay_floors: Mapping[str, int] | None = None,
     judged: JudgedAt | None = None,
 ) -> bool:
     """The plain twin of :class:`WriteCodes`, and the commit of records that need no encoding.
@@ -207,7 +205,7 @@ def write_slice(
     files: dict[str, list[PreparedFile]] = {}
     counts = list(tallies)
     if codes is not None:
-        written, of_codes = write_shard(bank, slice_id, codes, replay_limits or {})
+        written, of_codes = write_shard(bank, slice_id, codes, replay_floors or {})
         files = {table: [file] for table, file in written.items()}
         counts += of_codes
     if dead_letters is not None:

@@ -40,7 +40,6 @@ from pipelines.read import BATCH_CHARACTERS, BATCH_DOCUMENTS
 from pipelines.readers import Record, Rejected
 from pipelines.records import DeadLetters, DocumentBatch, EncodedBatch, stable_hash
 from pipelines.refused import forgotten_rows
-from pipelines.sink import REPLAY_PER_WINDOW
 from pipelines.stream_records import (
     KNOWN_ROWS,
     Arrived,
@@ -69,13 +68,11 @@ class StreamPlan:
         job: bank, encoder, rotation, rules and shards, as a batch run has them.
         ingest_id: names the stream; under the same name it goes on after a restart.
         allowed_lateness_seconds: how long after its end a window takes documents; None: for ever.
-        replay_per_window: most question-answer rows that a window keeps for adaptation.
     """
 
     job: Job
     ingest_id: str
     allowed_lateness_seconds: int | None = 0
-    replay_per_window: int = REPLAY_PER_WINDOW
 
     @property
     def window_seconds(self) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -19,10 +19,11 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from mbc_core.bank import Bank, PreparedFile, SliceId, begin_slice
-from mbc_core.bank.commit import safe_name, settle
+from mbc_core.bank import PreparedFile, SliceId, begin_slice
+from mbc_core.bank.commit import settle
 from mbc_core.bank.latest import LatestRevisions, Standing
 from mbc_core.bank.recheck import JudgedAt
+from mbc_core.bank.replay import KeptPriorities
 from mbc_core.errors import DamagedFile, StorageError
 from pipelines import sink
 from pipelines.plain import deal_by_key, quantize_batch, sum_statistics
@@ -90,7 +91,7 @@ class PaneCommitter:
         self._letters = _StoredLetters(self)
         self._mine: dict[str, int] = {}
         self._done: set[tuple[str, int, int]] = set()
-        self._replay_left: dict[str, int] = {}
+        self._replay = KeptPriorities(self._bank.replay_policy().per_window)
         self._unsettled = False
         self._on_way: Counter[int] = Counter()
         self._lock, self._way_lock = threading.Lock(), threading.Lock()
@@ -224,9 +225,9 @@ class PaneCommitter:
             codes, tally = self._quantize(slice_id, window, judged.batches)
             version = tally.codebook_version
             tallies.append(tally)
-            shards, limits = self._plan.job.shards, self._limits(slice_id)
-            for shard, batch in deal_by_key(codes, shards):
-                written, counts = sink.write_shard(self._bank, slice_id, batch, limits, shard, shards)
+            floors = self._replay_floors(slice_id)
+            for shard, batch in deal_by_key(codes, self._plan.job.shards):
+                written, counts = sink.write_shard(self._bank, slice_id, batch, floors, shard)
                 tallies += counts
                 for table, file in written.items():
                     files.setdefault(table, []).append(file)
@@ -236,8 +237,8 @@ class PaneCommitter:
             tallies += judged.letters.tallies(documents_in=True)
         if not sink.commit(self._bank, slice_id, files, tallies, judged_at):
             return False
-        kept = sum(one.rows for one in files.get("replay", []))
-        self._replay_left[window] = max(0, self._limits(slice_id)[window] - kept)
+        if judged.batches and codes.replay.num_rows:
+            self._replay.add(window, column(codes.replay, "priority").astype(np.uint64))
         self._codebooks.committed(window, version)
         self._letters.committed(judged.letters)
         return True
@@ -253,13 +254,11 @@ class PaneCommitter:
         path = self._codebooks.learn(slice_id, window, statistics)
         return codes, Tally(window, codebook_version=book.version, statistics=path)
 
-    def _limits(self, slice_id: SliceId) -> dict[str, int]:
-        """How many replay rows the window may still keep."""
-        window, most = slice_id.name, self._plan.replay_per_window
-        if window not in self._replay_left:
-            kept = _stored_replay(self._bank, slice_id) if slice_id.pane else 0
-            self._replay_left[window] = max(0, most - kept)
-        return {window: self._replay_left[window]}
+    def _replay_floors(self, slice_id: SliceId) -> Mapping[str, int]:
+        """What the window's sample can still take, after its panes before this one, also those of an earlier life."""
+        if slice_id.pane and self._plan.job.rule.replay:
+            self._replay.load(self._bank, [slice_id.name])
+        return self._replay.floors()
 
 
 @dataclass
@@ -312,14 +311,6 @@ class _StoredLetters:
                 if owner == plan.ingest_id
             }
         return self._stored
-
-
-def _stored_replay(bank: Bank, slice_id: SliceId) -> int:
-    """Replay rows that earlier panes of the window have made visible."""
-    mine = f"{slice_id.ingest_id}/{safe_name(slice_id.name)}-p"
-    shown = {path.rpartition("-s")[0] for path, _ in bank.files("codes") if path.startswith(mine)}
-    paths = [path for path, _ in bank.files("replay") if path.rpartition("-s")[0] in shown]
-    return sum(bank.read_file("replay", path, ["window"]).num_rows for path in paths)
 
 
 def _with_forgotten(letters: DeadLetters | None, window: str, count: int) -> DeadLetters | None:

@@ -26,6 +26,7 @@ import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
 
 from mbc_core.bank import Bank
+from mbc_core.bank.replay import PER_WINDOW
 from mbc_core.errors import UsageError
 from pipelines.graph import run
 from pipelines.ingest import counted, not_all_in_the_ledger, total_of
@@ -78,7 +79,7 @@ def stream(
     with draining(drain) if local else nullcontext():  # from the start: a model takes a while to load
         opened = open_bank(bank, settings)
         ingest_id = settings.ingest_id or _derived_id(sources, settings)
-        plan = StreamPlan(job_of(opened, settings), ingest_id, streaming.allowed_lateness, settings.replay_per_window)
+        plan = StreamPlan(job_of(opened, settings), ingest_id, streaming.allowed_lateness)
         before = _ledger(opened.bank, ingest_id)
         pipeline = beam.Pipeline(options=options)
         counts = None
@@ -137,7 +138,8 @@ def _options(beam_args: Sequence[str], messages: bool) -> tuple[PipelineOptions,
 def _derived_id(sources: Sequence[str], settings: IngestSettings) -> str:
     """The same sources are the same stream after a restart: it goes on where it stopped."""
     places = [one if "://" in one else str(Path(one).absolute()) for one in sources]
-    told = "\n".join([*sorted(places), str(settings.keep_text), str(settings.replay_per_window)])
+    replay = PER_WINDOW if settings.replay_per_window is None else settings.replay_per_window
+    told = "\n".join([*sorted(places), str(settings.keep_text), str(replay)])
     return f"stream-{hashlib.blake2b(told.encode('utf-8', 'surrogateescape'), digest_size=8).hexdigest()}"
 
 

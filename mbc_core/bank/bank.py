@@ -23,6 +23,7 @@ from mbc_core.bank import export, inspect, parquet
 from mbc_core.bank import verify as verification
 from mbc_core.bank.codebooks import check_codebook, load_chain, load_codebook, register_codebook, version_rows
 from mbc_core.bank.commit import COMPACTED, ingest_of
+from mbc_core.bank.replay import ReplayPolicy, load_policy, sampled
 from mbc_core.bank.storage import Storage, as_storage_error, is_refusal, may_pass, plain_cause
 from mbc_core.bank.tombstones import Tombstones, load_tombstones
 from mbc_core.bank.visible import VisibleKeys, join_documents, newest_revisions, revision_places, visible_keys
@@ -305,11 +306,21 @@ class Bank:
         return join_documents(codes, documents, PASSAGE_DOCUMENT_COLUMNS, self.uri)
 
     def replay(self, as_of: int | None = None) -> pa.Table:
-        """Questions and answers of every document's newest revision: the columns of ``schemas.tables.REPLAY``."""
+        """The sample of questions and answers that adaptation asks: the columns of ``schemas.tables.REPLAY``.
+
+        Of documents' newest revisions, not expired, and no more of a window than the bank's policy says; see
+        :mod:`mbc_core.bank.replay`.
+
+        Args:
+            as_of: microseconds since the epoch: as it was then. None: now.
+        """
         rows = self.read("replay")  # codes last: rows that a revision has no more of are left out
         codes = self.read("codes", ["key", "added_at"])
-        codes = codes.filter(pa.array(newest_revisions(codes, as_of)))
-        return rows.filter(pa.array(revision_places(rows, codes) >= 0))
+        return rows.filter(pa.array(sampled(rows, codes, self.replay_policy(), as_of)))
+
+    def replay_policy(self) -> ReplayPolicy:
+        """How many questions a window keeps, and for how long."""
+        return load_policy(self)
 
     def documents(self, keys: Iterable[int] | None = None) -> Mapping[int, dict[str, object]]:
         """Key → the columns of ``schemas.tables.DOCUMENTS`` of its newest visible revision; all keys when None."""

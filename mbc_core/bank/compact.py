@@ -1,7 +1,8 @@
 """Compaction: small files become shards, superseded revisions go after the history window, leftovers are swept.
 
 No row changes: its codes keep their bytes and their codebook version. A table's files are replaced in one commit, so
-a reader sees the old ones or the new ones. Codes go first: documents that no code row joins are dropped after them.
+a reader sees the old ones or the new ones. Codes go before documents: those that no code row joins are dropped then.
+Replay goes first: questions that expired or fell out of their window's sample are dropped.
 Killed at any moment and run again, it goes on from what it finds.
 """
 
@@ -18,6 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from deltalake import DeltaTable
 
+from mbc_core.bank import replay
 from mbc_core.bank.codebooks import FOLDER, PENDING, drop_folded_statistics, version_rows
 from mbc_core.bank.commit import COMPACTED, PreparedFile, settle_all, write_rows
 from mbc_core.bank.inspect import stored_bytes
@@ -39,7 +41,9 @@ SHARD_ROWS = 50_000
 HISTORY = 30 * 86_400.0
 """Seconds for which superseded revisions are kept, for reading the bank as of then."""
 
-MERGED_TABLES = ("codes", "documents", "replay", "dead_letter", "ledger")
+MERGED_TABLES = ("replay", "codes", "documents", "dead_letter", "ledger")
+"""In this order: superseded revisions take part in the sample of questions as long as codes hold them."""
+
 _ROWS_AT_ONCE, _BYTES_AT_ONCE = 400_000, 128 << 20  # of one commit: what is held in memory
 _ATTEMPTS = 12
 
@@ -63,7 +67,7 @@ def compact(
 
     Args:
         history: seconds. A revision that was superseded longer ago is dropped; reading the bank as of any moment
-            since then gives the same rows as before.
+            since then gives the same rows as before (questions whose lifetime is over go at once).
         safe_age: seconds after which a file that nothing refers to, or an interrupted run's row, belongs to no run
             that is still going on. Less than a day only when nothing else writes to the bank.
         say: told what is being done.
@@ -122,8 +126,10 @@ def _drop_rule(bank: Bank, table: str, cutoff: int, limit: int) -> Callable[[], 
     """
     if table == "codes":
         return lambda: _in(superseded(bank.read("codes", ["key", "added_at"]), cutoff))
-    if table in ("documents", "replay"):
+    if table == "documents":
         return lambda: _not_in(bank.read("codes", ["key", "added_at"]), limit)
+    if table == "replay":
+        return lambda: _of_replay(bank, cutoff, limit)
     if table == "dead_letter":
         return lambda: _not_in_ledger(bank.read("ledger", ["ingest_id", "added_at"]), limit)
     return None
@@ -145,6 +151,14 @@ def _in(pairs: pa.Table) -> Dropped:
 def _not_in(codes: pa.Table, limit: int) -> Dropped:
     """Rows of no revision that codes hold: superseded ones, and those of runs that died before their codes."""
     return lambda rows: (revision_places(rows, codes) < 0) & (_added(rows) <= limit)
+
+
+def _of_replay(bank: Bank, cutoff: int, limit: int) -> Dropped:
+    """Questions of revisions that go, and those that are not asked any more."""
+    not_asked = replay.not_asked(bank, cutoff)
+    codes = bank.read("codes", ["key", "added_at"])
+    gone, orphaned = _in(superseded(codes, cutoff)), _not_in(codes, limit)
+    return lambda rows: gone(rows) | orphaned(rows) | not_asked(rows)
 
 
 def _not_in_ledger(ledger: pa.Table, limit: int) -> Dropped:
@@ -218,7 +232,8 @@ def _count(work: _Work, table: str, step: _Step, shards: int) -> None:
 def _choose(bank: Bank, table: str, files: Mapping[str, int], dropped: Dropped | None) -> list[str]:
     """Files (path → bytes) to replace in the next commit: small ones when there are two or more, and those with rows
     that go."""
-    columns = [name for name in ("key", "ingest_id", "added_at") if name in _columns(table)]
+    wanted = replay.COLUMNS if table == "replay" else ("key", "ingest_id", "added_at")
+    columns = [name for name in wanted if name in _columns(table)]
     small, dirty, sizes = [], [], {}
     for path in sorted(files):
         rows = bank.read_file(table, path, columns)

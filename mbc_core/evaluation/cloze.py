@@ -19,6 +19,7 @@ _SENTENCE_END = re.compile(r"(?<=[.!?])[\"'”’)\]]*\s+(?=[\"'“‘(\[]?[A-Z0
 _MIN_WORDS, _MAX_WORDS = 6, 45
 _MAX_SPAN = 5
 _BEST_WORDS = 10
+_WORD = re.compile(r"\w{3,}")
 _EDGE = ".,;:!?\"'“”‘’()[]{}"
 
 
@@ -50,6 +51,16 @@ def make_cloze(text: str, words: Sequence[str], scores: NDArray[np.float32], see
         if made is not None:
             return made
     return None
+
+
+def gives_away(question: str, answer: str) -> bool:
+    """Whether the question holds a word (three letters or more) of its answer.
+
+    >>> gives_away("Fill in the blank: New ____ is a city of the United States.", "York City")
+    True
+    """
+    asked = {word.lower() for word in _WORD.findall(question)}
+    return any(word.lower() in asked for word in _WORD.findall(answer))
 
 
 def _salient(words: Sequence[str], scores: NDArray[np.float32]) -> set[str]:

@@ -12,6 +12,7 @@ from apache_beam.transforms.window import TimestampedValue
 from oracle import empty_bank
 from tiny import RULE, TinySpec, rotation, settings
 
+from mbc_core.bank.replay import set_policy
 from pipelines.graph import Job
 from pipelines.plain import EncodeRule
 from pipelines.stream_graph import StreamIngest, StreamPlan
@@ -49,7 +50,8 @@ def document(name: str, seconds: float | None, text: str = "Some words here.") -
 
 def plan_of(bank, ingest_id="stream", lateness=0, shards=1, replay=8, rule=RULE, encoder=None) -> StreamPlan:
     job = Job(bank, encoder or TinySpec(), rotation(), EncodeRule(words=24), rule, shards)
-    return StreamPlan(job, ingest_id, lateness, replay)
+    set_policy(bank, replay)
+    return StreamPlan(job, ingest_id, lateness)
 
 
 def new_bank(folder, name="bank"):

@@ -62,29 +62,6 @@ def test_the_pipeline_is_the_plain_loop_bit_for_bit(tmp_path, expected, slice_do
     assert ENCODED.value == 150
 
 
-def test_replay_is_bounded_a_window_and_split_by_document(tmp_path):
-    banks = []
-    for number, size in enumerate((1000, 40)):
-        given = settings(tmp_path / "w", slice_documents=size)
-        bank = empty_bank(tmp_path / f"bank{number}", given)
-        ingest([write_corpus(tmp_path / "a.jsonl", DOCUMENTS)], bank.uri, given)
-        banks.append(bank.read("replay").to_pylist())
-    by_window = {}
-    for row in banks[0]:
-        by_window.setdefault(row["window"], []).append(row)
-        assert "____" in row["question"]
-        assert row["answer"].strip()
-    assert max(len(rows) for rows in by_window.values()) == 8
-    assert len(by_window) == 10
-    splits = {}
-    for row in (*banks[0], *banks[1]):
-        splits.setdefault(row["key"], set()).add(row["split"])
-    assert all(len(one) == 1 for one in splits.values())
-    assert {"train", "heldout"} == set().union(*splits.values())
-    for rows in banks:
-        assert all(sum(one["window"] == window for one in rows) <= 9 for window in by_window)
-
-
 def test_given_questions_go_into_replay_as_they_are(tmp_path):
     asked = Document("q", "A text about Paris and France.", event_time=0, qa=(("Capital of France?", "Paris"),))
     ingest([write_corpus(tmp_path / "a.jsonl", [asked])], tmp_path / "bank", settings(tmp_path / "w"))

@@ -134,14 +134,18 @@ def test_replay_sample_is_the_same_in_any_order():
     rows = encoded(60).replay
     assert rows.num_rows > 40
     shuffled = rows.take(pa.array(np.random.default_rng(0).permutation(rows.num_rows)))
-    first, second = (smallest_by_priority(one, lambda window: 3) for one in (rows, shuffled))
+    first, second = (smallest_by_priority(one, 3) for one in (rows, shuffled))
     assert sorted(map(str, first.to_pylist())) == sorted(map(str, second.to_pylist()))
     taken = first["window"].value_counts().to_pylist()
     assert max(one["counts"] for one in taken) == 3
     for one in taken:
         priorities = sorted(r["priority"] for r in rows.to_pylist() if r["window"] == one["values"])
         assert sorted(r["priority"] for r in first.to_pylist() if r["window"] == one["values"]) == priorities[:3]
-    assert smallest_by_priority(pa.RecordBatch.from_pylist([], REPLAY_ROWS), lambda window: 3).num_rows == 0
+    assert smallest_by_priority(pa.RecordBatch.from_pylist([], REPLAY_ROWS), 3).num_rows == 0
+    floor = {one["values"]: 2**63 for one in taken[:1]}
+    for row in smallest_by_priority(rows, 1000, floor).to_pylist():
+        assert row["priority"] <= 2**63 or row["window"] not in floor
+    assert smallest_by_priority(rows, 1000, floor).num_rows < rows.num_rows
 
 
 tallies = st.builds(
