@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 DOCUMENTS, SCORED_QUESTIONS, SHOWN_QUESTIONS, SHOWN_WRONG, ADAPT_MINUTES = 500, 40, 6, 5, 0.7
 _ADAPT_BATCH = 4  # small steps: a minute of two cores sees few questions
+_ADAPT_LOOK, _ADAPT_HELD_OUT = 12, 64  # so few held-out questions prove nothing: the gate will say so
 _KEY_SALT = b"mbc demo's bank!".hex()  # fixed, so that every demo splits its documents and draws its questions alike
 _RIGHT = 0.5  # F1 from which a shown answer counts as right
 
@@ -221,7 +222,7 @@ def _adapt(told: Demo, minutes: float) -> None:
     from mbc_core.adapters import AdapterRegistry
     from mbc_core.training.adapt import AdaptRun
     from pipelines.adapt import run_adapt
-    from pipelines.commands import show_adapt
+    from pipelines.adapt_command import show_adapt
 
     registry = AdapterRegistry(told.memory.bank)
     if registry.versions():
@@ -230,8 +231,8 @@ def _adapt(told: Demo, minutes: float) -> None:
             f" {told.bank}`; `mbc adapt --bank {told.bank}` refreshes it again."
         )
         return
-    run = AdaptRun(steps=None, minutes=minutes, batch=_ADAPT_BATCH, seed=told.seed)
-    result = run_adapt(told.memory.bank, run, device=told.device, say=note)
+    run = AdaptRun(None, minutes, batch=_ADAPT_BATCH, seed=told.seed, evaluate_every=20, dev_questions=_ADAPT_LOOK)
+    result = run_adapt(told.memory.bank, run, device=told.device, of_set={"held_out": _ADAPT_HELD_OUT}, say=note)
     told.figures["adapt"] = result
     show_adapt(result, told.console)
 

@@ -10,7 +10,7 @@ from mbc_core.cli.app import COMMANDS, SETTINGS, LazyGroup, run
 PIPELINE_COMMANDS = {
     "demo": ("pipelines.demo", "demo"),
     "ingest": ("pipelines.commands", "ingest"),
-    "adapt": ("pipelines.commands", "adapt"),
+    "adapt": ("pipelines.adapt_command", "adapt"),
     "migrate": ("pipelines.migrate_command", "migrate"),
     "eval": ("pipelines.eval_command", "evaluate"),
 }

@@ -251,15 +251,47 @@ class AdaptScores(TypedDict):
 
 
 class AdaptResult(TypedDict):
-    """``mbc adapt``; ``candidate`` is the adapter version that was written."""
+    """``mbc adapt``; ``candidate`` is the adapter version that was written, with ``--from-set`` its folder.
+
+    ``reason`` is ``promoted``, ``too few``, ``canary``, ``old worse`` or ``new not better``, and ``sentence`` the same
+    with its figures; ``passed`` is the gate's word, ``promoted`` whether the adapter went live. ``best_step`` is the
+    step whose weights were kept, ``held_out`` the number of questions by split.
+    """
 
     candidate: str
     promoted: bool
     reason: str
+    sentence: str
+    passed: bool
     steps: int
+    best_step: int
     seconds: float
     before: AdaptScores
     after: AdaptScores
+    held_out: dict[str, int]
+
+
+class AddResult(TypedDict):
+    """``mbc adapters add``; the words are those of :class:`AdaptResult`."""
+
+    candidate: str
+    promoted: bool
+    reason: str
+    sentence: str
+    before: AdaptScores
+    after: AdaptScores
+
+
+class SetResult(TypedDict):
+    """``mbc adapt --write-set``; ``questions`` by split, ``adapters`` the folders of live adapters beside the set."""
+
+    set: str
+    digest: str
+    bank: str
+    as_of: str
+    questions: dict[str, int]
+    adapters: list[str]
+    seconds: float
 
 
 class Stored(TypedDict):

@@ -72,6 +72,8 @@ def forget(bank: Bank, doc_ids: Iterable[str], say: Say | None = None) -> Forget
     """
     say = say or (lambda line: None)
     wanted = _Wanted.of(bank, doc_ids)
+    from mbc_core.canary import without_forgotten
+
     say(f"looking for {len(wanted.ids):,} documents")
     order = _order(bank, wanted)
     done = _Done()
@@ -79,6 +81,7 @@ def forget(bank: Bank, doc_ids: Iterable[str], say: Say | None = None) -> Forget
         say(f"rewriting {table}")
         done.add(table, _take_out(bank, table, wanted))
     settle_all(bank)
+    done.rows["canary"] = without_forgotten(bank, wanted.stones)
     say("searching what waits for the next codebook, and files left over")
     done.add("statistics", _clean_statistics(bank, wanted.stones))
     done.files = delete_what_holds(bank, wanted.stones, wanted.mentions, wanted.keys.tolist(), done.replaced)

@@ -21,6 +21,7 @@ _FOLDERS = {
     "codebooks": "codebooks",
     "codebook_versions": "codebooks",
     "adapters": "adapters",
+    "canary": "adapters",
 }
 """First folder of a path → the entry of ``bytes`` it counts in; the rest counts as ``other``."""
 

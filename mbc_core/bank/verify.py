@@ -350,10 +350,12 @@ class _Checks:
                 )
 
     def adapters(self) -> Iterator[str]:
-        """Every adapter's files match their card; the live ones are there."""
+        """Every adapter's files match their card; the live ones are there; every canary set matches its digest."""
+        from mbc_core import canary
         from mbc_core.adapters import AdapterRegistry
 
         yield from AdapterRegistry(self.bank).problems()
+        yield from canary.problems(self.bank)
 
     def leftovers(self) -> Iterator[str]:
         """Files that nothing refers to: information, no fault."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mbc_core.cli.adapters_add import add_adapter, canary
 from mbc_core.cli.options import bank_option, json_option
 from mbc_core.cli.output import note, only_json, out, print_json, table
 from mbc_core.errors import UsageError
@@ -129,3 +130,7 @@ def _registry(bank: str) -> AdapterRegistry:
     from mbc_core.bank import Bank
 
     return AdapterRegistry(Bank.open(bank))
+
+
+adapters.add_command(add_adapter)
+adapters.add_command(canary)

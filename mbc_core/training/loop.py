@@ -13,6 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -195,22 +196,64 @@ class Trainer:
         self.publish()
 
 
-def save_checkpoint(folder: Path, trainer: Trainer) -> None:
-    """Write the trainer's state; ``state.json`` names the files and is replaced last, so a crash loses nothing."""
+def save_checkpoint(
+    folder: Path,
+    trainer: Trainer,
+    *,
+    more: Mapping[str, Mapping[str, Tensor]] | None = None,
+    notes: Mapping[str, Any] | None = None,
+) -> None:
+    """Write the trainer's state; ``state.json`` names the files and is replaced last, so a crash loses nothing.
+
+    Args:
+        more: further groups of tensors, by names that the trainer's state does not use.
+        notes: JSON values, kept beside the progress.
+    """
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
     tag = f"{trainer.progress.step:08d}"
     names = {}
-    for group, tensors in trainer.state().items():
+    for group, tensors in {**trainer.state(), **(more or {})}.items():
         names[group] = f"{group}-{tag}.safetensors"
-        save_file(tensors, folder / names[group])
+        staged = folder / f".{names[group]}.writing"
+        save_file({name: one.detach().cpu().contiguous() for name, one in tensors.items()}, staged)
+        staged.replace(folder / names[group])
     staging = folder / ".state.json.writing"
-    staging.write_text(json.dumps({"files": names, "progress": asdict(trainer.progress)}, indent=2) + "\n")
+    told = {"files": names, "progress": asdict(trainer.progress), "notes": dict(notes or {})}
+    staging.write_text(json.dumps(told, indent=2) + "\n")
     staging.replace(folder / "state.json")
     for old in folder.glob("*.safetensors"):
         if old.name not in names.values():
             old.unlink()
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What :func:`save_checkpoint` wrote: groups of tensors, the progress they belong to, and the notes."""
+
+    groups: Mapping[str, Mapping[str, Tensor]]
+    progress: Progress
+    notes: Mapping[str, Any]
+
+
+def read_checkpoint(folder: Path) -> Checkpoint | None:
+    """The checkpoint of ``folder``; None when there is none.
+
+    Raises:
+        DamagedFile: it cannot be read.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not (folder / "state.json").exists():
+        return None
+    try:
+        told = json.loads((folder / "state.json").read_text())
+        groups = {group: load_file(folder / name) for group, name in told["files"].items()}
+        return Checkpoint(groups, Progress(**told["progress"]), told.get("notes", {}))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise _cannot_be_taken_up(folder, error) from error
 
 
 def load_checkpoint(folder: Path, trainer: Trainer) -> bool:
@@ -219,23 +262,32 @@ def load_checkpoint(folder: Path, trainer: Trainer) -> bool:
     Raises:
         DamagedFile: it cannot be read or belongs to another model.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if not (folder / "state.json").exists():
+    found = read_checkpoint(folder)
+    if found is None:
         return False
-    try:
-        told = json.loads((folder / "state.json").read_text())
-        groups = {group: load_file(folder / name) for group, name in told["files"].items()}
-        trainer.load_state(groups, Progress(**told["progress"]))
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise DamagedFile(
-            "the checkpoint cannot be taken up",
-            value=str(folder),
-            cause=f"{type(error).__name__}: {error}",
-            fix="remove the folder to start again",
-        ) from error
+    take_up(folder, trainer, found)
     return True
+
+
+def take_up(folder: Path, trainer: Trainer, found: Checkpoint) -> None:
+    """Give the trainer the state that was read from ``folder``.
+
+    Raises:
+        DamagedFile: it belongs to another model.
+    """
+    try:
+        trainer.load_state(found.groups, found.progress)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise _cannot_be_taken_up(folder, error) from error
+
+
+def _cannot_be_taken_up(folder: Path, error: Exception) -> DamagedFile:
+    return DamagedFile(
+        "the checkpoint cannot be taken up",
+        value=str(folder),
+        cause=f"{type(error).__name__}: {error}",
+        fix="remove the folder to start again",
+    )
 
 
 class Clock:
