@@ -38,6 +38,7 @@ def _shares(context: click.Context, parameter: click.Parameter, value: str | Non
 )
 @click.option("--rotation", "rotation_file", type=_FILE, required=True, help="Rotation of the address codes.")
 @click.option("--encoder", "encoder_folder", type=_FOLDER, default=None, help="Encoder, to embed cloze questions with.")
+@click.option("--encoder-id", default=None, help="Id of the encoder, when the prepared folder was made with a copy.")
 @click.option("--out", "out_dir", type=click.Path(path_type=Path), required=True, help="Folder for the weights.")
 @click.option(
     "--closed", is_flag=True, help="Train the rival without memory instead: the same questions, steps and adapter."
@@ -57,7 +58,7 @@ def _shares(context: click.Context, parameter: click.Parameter, value: str | Non
 @click.option(
     "--question/--no-question", default=True, show_default=True, help="Read each passage for the question at hand."
 )
-@click.option("--dropout", type=float, default=0.1, show_default=True, help="Of the projector's hidden layer.")
+@click.option("--dropout", type=float, default=0.2, show_default=True, help="Of the projector's hidden layer.")
 @click.option(
     "--variants",
     callback=_shares,
@@ -67,7 +68,8 @@ def _shares(context: click.Context, parameter: click.Parameter, value: str | Non
 )
 @click.option("--aux", type=(float, float), default=(1.0, 0.1), show_default=True, help="Weight of naming: start, end.")
 @click.option("--answer-share", type=float, default=0.5, show_default=True, help="Of the naming loss: the answer's.")
-@click.option("--cloze", type=float, default=0.25, show_default=True, help="Share of cloze questions.")
+@click.option("--cloze", type=float, default=0.4, show_default=True, help="Share of cloze questions.")
+@click.option("--cloze-each", type=click.IntRange(1), default=4, show_default=True, help="Made of a passage, at most.")
 @click.option("--rank", type=click.IntRange(1), default=32, show_default=True, help="Of KV-LoRA; alpha is twice it.")
 @click.option("--targets", default=None, help="Names of the key and value projections, such as k_proj,v_proj.")
 @click.option("--evaluate", multiple=True, callback=named_folders, metavar="NAME=FOLDER", help="Prepared sets to read.")
@@ -87,6 +89,7 @@ def attend_command(
     codebook_files: tuple[Path, ...],
     rotation_file: Path,
     encoder_folder: Path | None,
+    encoder_id: str | None,
     out_dir: Path,
     closed: bool,
     minutes: float,
@@ -105,6 +108,7 @@ def attend_command(
     aux: tuple[float, float],
     answer_share: float,
     cloze: float,
+    cloze_each: int,
     rank: int,
     targets: str | None,
     evaluate: list[tuple[str, Path]],
@@ -159,11 +163,13 @@ def attend_command(
             dropout=dropout,
             variants=variants or (0.7, *([0.3 / len(books)] * len(books))),
             closed=closed,
+            cloze_each=cloze_each,
             aux=AuxLoss(start=aux[0], end=aux[1], answer_share=answer_share),
             kv_lora=KVLoraConfig(r=rank, alpha=2 * rank),
             mixture=replace(ATTEND_MIXTURE, cloze=cloze),
         ),
         encoder=PassageEncoder.load(encoder_folder, None, device=place) if encoder_folder is not None else None,
+        encoder_id=encoder_id,
         targets=targets.split(",") if targets else None,
         evaluate=dict(evaluate),
         resume=resume,

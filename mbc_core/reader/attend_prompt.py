@@ -102,7 +102,7 @@ def read_vectors(
     if len(passages) != len(questions) or any(one.shape[1:] != (projector.config.width,) for one in passages):
         raise UsageError(
             "the vectors do not fit the attend projector",
-            value=f"{len(passages)} lists, {len(questions)} questions, widths {sorted({one.shape[-1] for one in passages})}",
+            value=f"{len(passages)} lists, {len(questions)} questions, widths {({one.shape[-1] for one in passages})}",
             cause=f"vectors of width {projector.config.width} are expected, a list a question",
             fix="use the encoder that the projector was trained for",
         )

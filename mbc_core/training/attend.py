@@ -41,7 +41,7 @@ from mbc_core.training.samples import Mixture
 
 _POOL_STEPS = 16
 _HELD_OUT_SAMPLES = 1024
-ATTEND_MIXTURE = Mixture(passages=(1, 3, 5), weights=(0.25, 0.3, 0.45), full_text=0.0, text_tokens=1)
+ATTEND_MIXTURE = Mixture(cloze=0.4, passages=(1, 3, 5), weights=(0.25, 0.3, 0.45), full_text=0.0, text_tokens=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +54,7 @@ class AttendRun:
         batch: samples a step; rows: samples of one forward pass.
         soft_tokens, hidden, rank, question, dropout: of the projector (:class:`AttendConfig`).
         variants: share of lines shown by each codebook's codes, and last by the float embedding.
+        cloze_each: cloze questions made of a passage, at most.
         closed: train the adapter without memory on the very same questions: the equally trained closed book.
         mixture: passages a question, cloze questions, distractors.
     """
@@ -74,9 +75,10 @@ class AttendRun:
     hidden: int = 1024
     rank: int = 192
     question: bool = True
-    dropout: float = 0.1
+    dropout: float = 0.2
     variants: tuple[float, ...] = (0.7, 0.15, 0.15)
     closed: bool = False
+    cloze_each: int = 4
     aux: AuxLoss = field(default_factory=AuxLoss)
     kv_lora: KVLoraConfig = field(default_factory=KVLoraConfig)
     mixture: Mixture = ATTEND_MIXTURE
@@ -97,6 +99,7 @@ def train_attend(
     run: AttendRun,
     *,
     encoder: QuestionEncoder | None = None,
+    encoder_id: str | None = None,
     targets: Sequence[str] | None = None,
     evaluate: Mapping[str, Path] | None = None,
     resume: bool = True,
@@ -110,6 +113,7 @@ def train_attend(
         codebooks: of address codes; the first finds distractors and is evaluated with, all are trained on.
         encoder: embeds the cloze questions made from the passages; without it a projector that looks at questions
             learns from asked questions alone.
+        encoder_id: of the encoder whose vectors are read; what the first prepared folder says when None.
         language_model: the base, without adapter; it is adapted in place.
         out_dir: gets the adapter's files, ``projector.safetensors``, ``card.json``, ``curve.jsonl`` and, while the
             run lasts, ``checkpoint/``.
@@ -131,8 +135,8 @@ def train_attend(
     device, form = language_model.device, PromptFormat(language_model.tokenizer)
     made = attend_source(
         data.split("train"), lexicon, form, codebooks, rotation, run.shown, run.soft_tokens, run.variants,
-        language_model.pad_id, encoder=encoder, needs_vectors=run.question and not run.closed, seed=run.seed,
-        device=device, say=say,
+        language_model.pad_id, encoder=encoder, needs_vectors=run.question and not run.closed,
+        cloze_each=run.cloze_each, seed=run.seed, device=device, say=say,
     )  # fmt: skip
     held_out = attend_source(
         data.split("dev"), lexicon, form, codebooks, rotation, replace(run.shown, cloze=0.0), run.soft_tokens,
@@ -148,7 +152,7 @@ def train_attend(
     finished = _train(trainer, made.source, run, out_dir, say, look)
     trainer.finish()
     save_adapter(adapted.model, out_dir, run.kv_lora, base_digest=language_model.digest, base_name=language_model.name)
-    encoder_id = encoder_of(prepared[0])
+    encoder_id = encoder_id or encoder_of(prepared[0])
     if not run.closed:
         save_projector(
             out_dir / PROJECTOR_FILE, trainer.projector, base_digest=language_model.digest, encoder=encoder_id,
@@ -201,12 +205,14 @@ def _train(
 ) -> bool:
     """Steps until the schedule is done (True) or this call's time is up (False)."""
     passes = max(1, round(run.batch / run.rows))
+    if trainer.schedule.progress(trainer.progress.step, trainer.progress.seconds) >= 1:
+        return True
 
     def make(number: int) -> list[list[AttendBatch]]:
         batches = source.pool(run.seed, number, run.rows * passes * _POOL_STEPS, run.rows)
         return [batches[start : start + passes] for start in range(0, len(batches), passes)]
 
-    clock, call_start = Clock(trainer), trainer.progress.seconds
+    clock, call_start = _Clock(trainer), trainer.progress.seconds
     next_look, logged = run.evaluate_every, (trainer.progress.samples, trainer.progress.seconds)
     while next_look < trainer.schedule.progress(trainer.progress.step, trainer.progress.seconds):
         next_look += run.evaluate_every
@@ -239,13 +245,24 @@ def _train(
     return True
 
 
+class _Clock(Clock):
+    """Leaves the first step of a call out when it compiles."""
+
+    def __init__(self, trainer: AttendTrainer) -> None:
+        super().__init__(trainer)
+        self.compiling = trainer.compiled
+
+
 def _pool(
-    trainer: AttendTrainer, steps: Sequence[Sequence[AttendBatch]], clock: Clock, say: Callable[[str], None]
+    trainer: AttendTrainer, steps: Sequence[Sequence[AttendBatch]], clock: _Clock, say: Callable[[str], None]
 ) -> list[float]:
     """The steps of one pool, or fewer when the schedule ends within it; the losses that were read back."""
     losses = []
     for batches in steps:
         losses.append(_safe_step(trainer, batches, say))
+        if clock.compiling:
+            clock.restart()  # a minute of compiling is no training
+            clock.compiling = False
         clock.tick()
         if trainer.schedule.progress(trainer.progress.step, trainer.progress.seconds) >= 1:
             break

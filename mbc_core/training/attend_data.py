@@ -28,7 +28,6 @@ from mbc_core.training.samples import Mixture, build_source, cloze_questions, di
 _SEARCHED = 25
 _WORD_TOKENS = 40
 _ANSWER_TOKENS = 8
-_CLOZE_EACH = 2
 
 
 class QuestionEncoder(Protocol):
@@ -75,6 +74,7 @@ def attend_source(
     *,
     encoder: QuestionEncoder | None,
     needs_vectors: bool,
+    cloze_each: int = 2,
     seed: int,
     device: torch.device,
     say: Callable[[str], None] = lambda line: None,
@@ -82,6 +82,7 @@ def attend_source(
     """Search neighbours, make cloze questions, tokenise, and lay everything out.
 
     Args:
+        cloze_each: cloze questions made of a passage, at most.
         needs_vectors: whether a question without an embedding is of no use; cloze questions then need ``encoder``.
 
     Raises:
@@ -94,7 +95,7 @@ def attend_source(
     passage_others, _ = distractors(np.arange(len(data)), indices[0].nearest(data.embeddings, _SEARCHED))
     say("found the neighbours by code")
     with_cloze = mixture.cloze > 0 and (encoder is not None or not needs_vectors)
-    cloze = cloze_questions(data, _CLOZE_EACH, seed) if with_cloze else []
+    cloze = cloze_questions(data, cloze_each, seed) if with_cloze else []
     samples = build_source(
         data, lexicon, form, others, ranks, passage_others, mixture=mixture, cloze=cloze, seed=seed, say=say
     )

@@ -216,9 +216,10 @@ def build_source(
     words, enters = _tokenise_words(data, lexicon, form, mixture.budgets[1])
     say(f"tokenised the words of {len(data):,} passages")
     texts = data.table["text"].to_pylist()
-    text_ids = [
-        ids[: mixture.text_tokens] for ids in form.encode_many([" " + " ".join(text.split()) for text in texts])
-    ]
+    spelled = (
+        form.encode_many([" " + " ".join(text.split()) for text in texts]) if mixture.full_text else [[]] * len(data)
+    )
+    text_ids = [ids[: mixture.text_tokens] for ids in spelled]
     cloze = cloze_questions(data, cloze_per_passage, seed) if cloze is None else cloze
     say(f"made {len(cloze):,} cloze questions")
     questions = [*data.questions, *(question for question, _, _ in cloze)]
