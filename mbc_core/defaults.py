@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mbc_core.codes import Rotation
     from mbc_core.encoder import PassageEncoder
     from mbc_core.lexicon import Lexicon
+    from mbc_core.query_map import QueryMap
     from mbc_core.reader.language_model import LanguageModel
     from schemas.manifest import Manifest
 
@@ -107,6 +108,21 @@ def codebook(slots: int) -> Codebook:
 
     path = shipped(f"codebook_t{slots}.safetensors")
     return Codebook.from_bytes(path.read_bytes(), str(path))
+
+
+def query_map(rotation: Rotation, slots: int) -> QueryMap | None:
+    """The shipped query map for codes of this rotation and T; None when there is none, and the plain score serves.
+
+    Raises:
+        DamagedFile: the file is not the one that its card describes.
+    """
+    from mbc_core.query_map import QueryMap
+
+    name = f"query_map_t{slots}.safetensors"
+    if not weights.path(name).exists():
+        return None
+    found = QueryMap.load(shipped(name))
+    return found if found.serves(rotation, slots) else None
 
 
 def encoder(*, device: str = "cpu", precision: str = "auto") -> PassageEncoder:

@@ -31,6 +31,7 @@ from schemas.results import AskResult, Source
 
 if TYPE_CHECKING:
     from mbc_core.lexicon import Lexicon
+    from mbc_core.query_map import QueryMap
     from mbc_core.reader.language_model import LanguageModel
     from mbc_core.reader.prompt import PromptFormat
     from schemas.manifest import Manifest
@@ -126,6 +127,7 @@ class Memory:
         device: str = "cpu",
         lexicon: Lexicon | None = None,
         rotation: Rotation | None = None,
+        query_map: QueryMap | None = None,
     ) -> Memory:
         """Read the codes of a bank and index them as they are packed.
 
@@ -134,10 +136,12 @@ class Memory:
             encoder, lexicon, rotation: those the bank was made with; the release's own when None.
             as_of: only what had been added by then (UTC when it names no zone); None: now.
             device: where the encoder runs.
+            query_map: how questions are put to the codes; the release's own when None, if it has one for them. It
+                concerns reading alone: no manifest names it. :meth:`QueryMap.identity` gives the plain score.
 
         Raises:
             UsageError: nothing is there.
-            IncompatibleBank: the bank was made with another encoder, lexicon or rotation.
+            IncompatibleBank: the bank was made with another encoder, lexicon or rotation, or the map for another one.
             DamagedFile: a shard or codebook is damaged.
         """
         opened = bank if isinstance(bank, Bank) else Bank.open(bank)
@@ -150,7 +154,9 @@ class Memory:
         encoder = encoder or defaults.encoder_for(manifest, device=device)
         _require_same("encoder", encoder.encoder_id, manifest.encoder)
         passages = opened.passages(microseconds(as_of))
-        index = RecallIndex.build(_parts(opened, passages, manifest), rotation, manifest.slots)
+        query_map = query_map or defaults.query_map(rotation, manifest.slots)
+        parts = _parts(opened, passages, manifest)
+        index = RecallIndex.build(parts, rotation, manifest.slots, query_map=query_map)
         return cls(opened, passages, index, encoder, lexicon if manifest.words else None)
 
     def __len__(self) -> int:

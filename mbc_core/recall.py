@@ -4,7 +4,8 @@ score(q, doc) = Σ_t (R·q)_t · E[c_t] + β·(1 - |x̂|²) with x̂ = (E[c_1], 
 |x̂|² is a sum over slots too (:func:`mbc_core.codes.length_credits` says what the second term is for). It falls as
 |q/2β - x̂|² grows, and FAISS's product quantizer finds the nearest x̂ without decoding one when all its T
 sub-quantizers hold the one shared codebook E; it packs codes the way the bank does. The search is exhaustive:
-10⁶ passages take some tens of milliseconds, so there is no approximate index yet.
+10⁶ passages take some tens of milliseconds, so there is no approximate index yet. A query map
+(:mod:`mbc_core.query_map`) changes what is asked and how lengths count, still slot by slot.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from mbc_core.codes import (
     unpack,
 )
 from mbc_core.errors import UsageError
+from mbc_core.query_map import QueryMap
 
 ENGINES = ("auto", "faiss", "exact")
 
@@ -62,23 +64,43 @@ class RecallIndex:
     Ties are broken by the smaller row id, so equal banks give equal answers.
     """
 
-    def __init__(self, engines: Sequence[_Engine], rows: Sequence[Int64], rotation: Rotation, slots: int) -> None:
+    def __init__(
+        self,
+        engines: Sequence[_Engine],
+        rows: Sequence[Int64],
+        rotation: Rotation,
+        slots: int,
+        query_map: QueryMap | None = None,
+    ) -> None:
         self._engines, self._rows = list(engines), list(rows)
-        self._rotation, self._slots = rotation, slots
+        self._rotation, self._slots, self._map = rotation, slots, query_map
 
     @classmethod
-    def build(cls, parts: Sequence[Part], rotation: Rotation, slots: int, *, engine: str = "auto") -> RecallIndex:
+    def build(
+        cls,
+        parts: Sequence[Part],
+        rotation: Rotation,
+        slots: int,
+        *,
+        engine: str = "auto",
+        query_map: QueryMap | None = None,
+    ) -> RecallIndex:
         """Index the rows of ``parts``, grouped by codebook version.
 
         Args:
             slots: T.
             engine: ``faiss``, ``exact`` (NumPy, same results, slower), or ``auto``: FAISS where it is installed,
                 except on macOS, where FAISS and PyTorch bring two OpenMP libraries and crash together.
+            query_map: made for this rotation and T; None: the plain score.
 
         Raises:
             UsageError: shapes, dtypes or codebooks that do not fit, or a row id given twice.
+            IncompatibleBank: the map belongs to another rotation or T.
         """
         make = _FaissEngine if _choose(engine) == "faiss" else _ExactEngine
+        if query_map is not None:
+            query_map.require(rotation, slots)
+        weights = None if query_map is None else query_map.slot_weights(slots)
         engines, rows = [], []
         for codebook, packed, ids in parts:
             check_array("the packed addresses", packed, (None, code_size(slots)), np.uint8)
@@ -86,7 +108,7 @@ class RecallIndex:
             _require_codebook(codebook, rotation, slots)
             if len(packed):
                 _require_known(packed, slots, codebook)
-                engines.append(make(codebook.codewords, packed, slots))
+                engines.append(make(codebook.codewords, packed, slots, weights))
                 rows.append(ids)
         everything = np.concatenate(rows) if rows else np.zeros(0, np.int64)
         if len(np.unique(everything)) != len(everything):
@@ -96,7 +118,7 @@ class RecallIndex:
                 cause="a passage was added under two codebook versions",
                 fix="give each live row once, with the version it names",
             )
-        return cls(engines, rows, rotation, slots)
+        return cls(engines, rows, rotation, slots, query_map)
 
     def __len__(self) -> int:
         return sum(len(engine) for engine in self._engines)
@@ -118,11 +140,15 @@ class RecallIndex:
         if k < 1:
             raise UsageError("k is below 1", value=k, cause="at least one passage is recalled", fix="use a k such as 5")
         asked = to_slots(questions, self._rotation, self._slots)
+        if self._map is not None:
+            asked = self._map.apply(asked)
         columns = min(k, len(self))
         scores, rows = np.zeros((len(asked), columns), np.float32), np.zeros((len(asked), columns), np.int64)
         for start in range(0, len(asked), _BLOCK_QUESTIONS):
             part = slice(start, start + _BLOCK_QUESTIONS)
             scores[part], rows[part] = self._search(asked[part], k)
+        if self._map is not None:
+            scores += np.float32(self._map.offset)
         return scores, rows
 
     def _search(self, question_slots: Float32, k: int) -> Found:
@@ -142,16 +168,22 @@ def exhaustive_scores(questions: Float32, rotation: Rotation, codes: NDArray[np.
 
 
 class _FaissEngine:
-    """FAISS ``IndexPQ`` whose sub-quantizers all hold E; it keeps the packed bytes and never decodes them."""
+    """FAISS ``IndexPQ`` whose sub-quantizers all hold E; it keeps the packed bytes and never decodes them.
 
-    def __init__(self, codewords: Float32, packed: NDArray[np.uint8], slots: int) -> None:
+    With length weights u the sub-quantizer of slot t holds E·√u_t, and the question is divided by √u_t.
+    """
+
+    def __init__(
+        self, codewords: Float32, packed: NDArray[np.uint8], slots: int, weights: Float32 | None = None
+    ) -> None:
         import faiss
 
         size, width = codewords.shape
-        full = np.zeros((1 << CODE_BITS, width), dtype=np.float32)
-        full[:size] = codewords
+        self._roots = np.ones((slots, width), np.float32) if weights is None else np.sqrt(weights)
+        full = np.zeros((slots, 1 << CODE_BITS, width), dtype=np.float32)
+        full[:, :size] = codewords * self._roots[:, None]
         index = faiss.IndexPQ(slots * width, slots, CODE_BITS, faiss.METRIC_L2)
-        faiss.copy_array_to_vector(np.tile(full, (slots, 1)).ravel(), index.pq.centroids)
+        faiss.copy_array_to_vector(full.ravel(), index.pq.centroids)
         index.is_trained = True
         index.add_sa_codes(np.ascontiguousarray(packed))
         self.index: Any = index
@@ -161,9 +193,9 @@ class _FaissEngine:
 
     def search(self, question_slots: Float32, k: int) -> Found:
         """See :class:`_Engine`."""
-        flat = question_slots.reshape(len(question_slots), -1)
+        flat = (question_slots / self._roots).reshape(len(question_slots), -1)
         distances, positions = self.index.search(np.ascontiguousarray(flat * np.float32(0.5 / LENGTH_WEIGHT)), k)
-        # |q/2β - x̂|² = |q|²/4β² - (q·x̂ - β|x̂|²)/β
+        # |q/2β - x̂|² = |q|²/4β² - (q·x̂ - β|x̂|²)/β, where q is q/√u and x̂ is x̂·√u
         best = (flat.astype(np.float64) ** 2).sum(axis=1, keepdims=True) / (4 * LENGTH_WEIGHT) + LENGTH_WEIGHT
         return (best - LENGTH_WEIGHT * distances).astype(np.float32), positions
 
@@ -171,18 +203,21 @@ class _FaissEngine:
 class _ExactEngine:
     """The same look-ups in NumPy, for machines without FAISS."""
 
-    def __init__(self, codewords: Float32, packed: NDArray[np.uint8], slots: int) -> None:
+    def __init__(
+        self, codewords: Float32, packed: NDArray[np.uint8], slots: int, weights: Float32 | None = None
+    ) -> None:
         self._codewords, self._packed, self._slots = codewords, packed, slots
+        squares = codewords.astype(np.float64) ** 2
+        # Summed over the T slots this makes β·(1 - |x̂|²): [1 or T, K].
+        lengths = squares.sum(axis=1)[None] if weights is None else weights.astype(np.float64) @ squares.T
+        self._credit = (LENGTH_WEIGHT * (1 / slots - lengths)).astype(np.float32)
 
     def __len__(self) -> int:
         return len(self._packed)
 
     def search(self, question_slots: Float32, k: int) -> Found:
         """See :class:`_Engine`."""
-        # Summed over the T slots this makes β·(1 - |x̂|²).
-        lengths = (self._codewords.astype(np.float64) ** 2).sum(axis=1)
-        credit = (LENGTH_WEIGHT * (1 / self._slots - lengths)).astype(np.float32)
-        tables = np.einsum("qtd,kd->tqk", question_slots, self._codewords) + credit
+        tables = np.einsum("qtd,kd->tqk", question_slots, self._codewords) + self._credit[:, None]
         scores, rows = _nothing(len(question_slots))
         for start in range(0, len(self), _BLOCK_ROWS):
             codes = unpack(self._packed[start : start + _BLOCK_ROWS], self._slots)

@@ -8,6 +8,7 @@ import click
 
 from mbc_core.cli.train_attend import attend_command
 from mbc_core.cli.train_encoder import lexicon_command, prepare_command, salience_command, word_code_command
+from mbc_core.cli.train_query_map import query_map_command
 from mbc_core.cli.train_reader import reader_command
 
 _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
@@ -26,6 +27,7 @@ train.add_command(lexicon_command)
 train.add_command(salience_command)
 train.add_command(prepare_command)
 train.add_command(word_code_command)
+train.add_command(query_map_command)
 
 
 @train.command("codebook")

@@ -96,6 +96,7 @@ def reader_command(
     Example: mbc train reader ./prepared --lm ./SmolLM2 --lexicon lexicon.json --codebook codebook_t24.safetensors
     --rotation rotation.safetensors --out ./reader --minutes 8
     """
+    from mbc_core import defaults
     from mbc_core.cli.options import resolve_device
     from mbc_core.codebook.files import Codebook
     from mbc_core.codes import Rotation
@@ -105,11 +106,13 @@ def reader_command(
     from mbc_core.training.reader import ReaderRun, train_reader
     from mbc_core.training.rivals import mixture_of
 
+    rotation = Rotation.load(rotation_file)
+    codebook = Codebook.from_bytes(codebook_file.read_bytes(), str(codebook_file))
     card = train_reader(
         prepared,
         Lexicon.load(lexicon_file),
-        Codebook.from_bytes(codebook_file.read_bytes(), str(codebook_file)),
-        Rotation.load(rotation_file),
+        codebook,
+        rotation,
         load_language_model(source, gguf_file, dtype=precision, device=resolve_device(device)),
         out_dir,
         ReaderRun(
@@ -127,6 +130,7 @@ def reader_command(
         ),
         targets=targets.split(",") if targets else None,
         evaluate=dict(evaluate),
+        query_map=defaults.query_map(rotation, rotation.width // codebook.width),
         resume=resume,
         say=lambda line: click.echo(line, err=True),
     )

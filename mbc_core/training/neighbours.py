@@ -14,13 +14,21 @@ _CHUNK_SCORES = 1 << 26
 """Most scores held at once: 256 MiB of float32."""
 
 
-def code_scores(question_slots: torch.Tensor, codes: torch.Tensor, codewords: torch.Tensor) -> torch.Tensor:
+def code_scores(
+    question_slots: torch.Tensor,
+    codes: torch.Tensor,
+    codewords: torch.Tensor,
+    *,
+    length_weights: torch.Tensor | None = None,
+) -> torch.Tensor:
     """score(q, doc) = Σ_t (R·q)_t · E[c_t] + β·(1 - |x̂|²) for every question and passage, as the bank's search has it.
 
     Args:
         question_slots: R·q split into slots, float [q, T, d_c].
         codes: integer [n, T], on the same device.
         codewords: E, float [K, d_c].
+        length_weights: u of a query map, float [T · d_c], when ``question_slots`` went through it; its offset, the
+            same for all, is left out.
 
     Returns:
         [q, n], dtype of ``question_slots``.
@@ -29,7 +37,7 @@ def code_scores(question_slots: torch.Tensor, codes: torch.Tensor, codewords: to
         UsageError: shapes that do not fit.
     """
     _check(question_slots, codes, codewords)
-    passages, credit = _decoded(codes, codewords, question_slots.dtype)
+    passages, credit = _decoded(codes, codewords, question_slots.dtype, length_weights)
     scores = torch.empty(len(question_slots), len(codes), dtype=question_slots.dtype, device=question_slots.device)
     rows = max(1, _CHUNK_SCORES // max(1, len(codes)))
     for start in range(0, len(question_slots), rows):
@@ -44,12 +52,14 @@ def nearest_by_code(
     k: int,
     *,
     exclude: torch.Tensor | None = None,
+    length_weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The ``k`` best passages of each question by :func:`code_scores`, without holding all scores at once.
 
     Args:
         exclude: integer [q]: one passage per question that is not returned, such as the true one when
             distractors are wanted; -1 excludes none.
+        length_weights: as in :func:`code_scores`.
 
     Returns:
         (scores [q, k], rows int64 [q, k]), best first.
@@ -65,7 +75,7 @@ def nearest_by_code(
             cause=f"there are {len(codes)} passages",
             fix="ask for fewer neighbours",
         )
-    passages, credit = _decoded(codes, codewords, question_slots.dtype)
+    passages, credit = _decoded(codes, codewords, question_slots.dtype, length_weights)
     best, where = [], []
     rows = max(1, _CHUNK_SCORES // len(codes))
     for start in range(0, len(question_slots), rows):
@@ -80,14 +90,20 @@ def nearest_by_code(
     return torch.cat(best), torch.cat(where)
 
 
-def _decoded(codes: torch.Tensor, codewords: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def _decoded(
+    codes: torch.Tensor, codewords: torch.Tensor, dtype: torch.dtype, length_weights: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes [n, T] → (x̂ [n, T · d_c], what its length adds to the score [n]).
 
     A product with decoded rows beats T look-ups on a device made for products.
     """
     rows = codes.long()
-    lengths = (codewords.float() ** 2).sum(dim=1)[rows].sum(dim=1)
-    return codewords.to(dtype)[rows].flatten(1), (LENGTH_WEIGHT * (1 - lengths)).to(dtype)
+    decoded = codewords[rows].flatten(1)
+    if length_weights is None:
+        lengths = (codewords.float() ** 2).sum(dim=1)[rows].sum(dim=1)
+    else:
+        lengths = (decoded.float() ** 2) @ length_weights.float()
+    return decoded.to(dtype), (LENGTH_WEIGHT * (1 - lengths)).to(dtype)
 
 
 def _check(question_slots: torch.Tensor, codes: torch.Tensor, codewords: torch.Tensor) -> None:

@@ -12,12 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from mbc_core.codebook.files import Codebook
 from mbc_core.codes import Rotation
 from mbc_core.evaluation.addresses import AddressIndex
 from mbc_core.evaluation.reads import DEFAULT_READS, Read, ReadSet, evaluate_reads
 from mbc_core.lexicon import Lexicon
+from mbc_core.query_map import QueryMap
 from mbc_core.reader.kv_lora import KVLoraConfig, add_kv_lora, save_adapter
 from mbc_core.reader.language_model import LanguageModel
 from mbc_core.reader.prompt import PromptFormat
@@ -73,6 +75,7 @@ def train_reader(
     *,
     targets: Sequence[str] | None = None,
     evaluate: Mapping[str, Path] | None = None,
+    query_map: QueryMap | None = None,
     resume: bool = True,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, object]:
@@ -86,6 +89,7 @@ def train_reader(
             while the run lasts, ``checkpoint/``.
         targets: last names of the key and value projections, when they cannot be guessed.
         evaluate: name → prepared folder of further question sets, read at the end.
+        query_map: how questions are put to the codes; None: the plain score.
         resume: take up the checkpoint in ``out_dir`` when there is one.
 
     Returns:
@@ -102,10 +106,15 @@ def train_reader(
     say(str(training_memory(shape, batch_tokens=run.batch_tokens, rank=run.kv_lora.r)))
     form = PromptFormat(language_model.tokenizer)
     device = language_model.device
-    source = _source(data.split("train"), lexicon, form, codebook, rotation, run, device, say)
     slots = rotation.width // codebook.width
+
+    def searched(passages: NDArray[np.float32]) -> AddressIndex:
+        return AddressIndex(passages, rotation, codebook.codewords, slots, device, query_map)
+
+    train = data.split("train")
+    source = _source(train, lexicon, form, searched(train.embeddings), run, say)
     held_out = _read_set(data.split("dev"))
-    search = AddressIndex(data.split("dev").embeddings, rotation, codebook.codewords, slots, device)
+    search = searched(data.split("dev").embeddings)
 
     adapted = add_kv_lora(language_model.model, run.kv_lora, names=targets, seed=run.seed)
     adapted_lm = LanguageModel(adapted, language_model.tokenizer, language_model.digest, language_model.name)
@@ -121,7 +130,7 @@ def train_reader(
     tables = {"held_out": evaluator.full(held_out, search)} if finished else {}
     for name, folder in (evaluate or {}).items() if finished else ():
         other = load_prepared(folder)
-        index = AddressIndex(other.embeddings, rotation, codebook.codewords, slots, device)
+        index = searched(other.embeddings)
         say(f"--- {name}: {len(other):,} passages")
         tables[name] = evaluator.full(_read_set(other), index)
     card = _card(trainer, run, data, adapted_lm, codebook, lexicon, finished, tables)
@@ -133,13 +142,10 @@ def _source(
     train: Prepared,
     lexicon: Lexicon,
     form: PromptFormat,
-    codebook: Codebook,
-    rotation: Rotation,
+    index: AddressIndex,
     run: ReaderRun,
-    device: torch.device,
     say: Callable[[str], None],
 ) -> SampleSource:
-    index = AddressIndex(train.embeddings, rotation, codebook.codewords, rotation.width // codebook.width, device)
     others, ranks = distractors(train.rows, index.nearest(train.question_embeddings, _SEARCHED))
     passage_others, _ = distractors(np.arange(len(train)), index.nearest(train.embeddings, _SEARCHED))
     say("found the neighbours by code")
