@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
@@ -9,7 +10,15 @@ import pytest
 from mbc_core import defaults, weights
 from mbc_core.errors import DamagedFile, ModelError
 
-FILES = [defaults.LEXICON, defaults.SALIENCE, defaults.ROTATION, "codebook_t12.safetensors", "codebook_t24.safetensors"]
+FILES = [
+    defaults.LEXICON,
+    defaults.SALIENCE,
+    defaults.ROTATION,
+    "codebook_t12.safetensors",
+    "codebook_t24.safetensors",
+    "query_map_t12.safetensors",
+    "query_map_t24.safetensors",
+]
 
 
 @pytest.fixture
@@ -57,3 +66,13 @@ def test_a_missing_file_or_card_is_named(copied):
     (copied / "salience.safetensors").unlink()
     with pytest.raises(ModelError, match="the installation lacks a weight file"):
         defaults.shipped(defaults.SALIENCE)
+
+
+@pytest.mark.parametrize("slots", [12, 24])
+def test_the_shipped_query_map_belongs_to_the_shipped_codes_and_its_card_says_what_it_brought(slots):
+    found = defaults.query_map(defaults.rotation(), slots)
+    card = json.loads(weights.path(f"query_map_t{slots}.json").read_text("utf-8"))
+    assert found is not None and found.digest == card["digest"]
+    assert (card["rotation"], card["codebook"]) == (defaults.rotation().digest, defaults.codebook(slots).digest)
+    assert card["held_out"]["gain_at_1"][1] > 0, "the interval of the gain on held-out passages lies above zero"
+    assert defaults.query_map(defaults.rotation(), 48) is None
