@@ -52,7 +52,7 @@ class Watch:
     @property
     def best_look(self) -> Look | None:
         """The earliest look of the lowest loss."""
-        return min(self.looks, key=lambda one: one.dev_loss, default=None)
+        return min(self.looks, key=_rank, default=None)
 
     @property
     def gives_up(self) -> bool:
@@ -66,8 +66,8 @@ class Watch:
         """Note a look; the weights are copied when it is the best so far. Returns whether it is."""
         before = self.best_look
         self.looks.append(look)
-        better = not math.isnan(look.dev_loss) and (before is None or look.dev_loss < before.dev_loss)
-        if better or not self.best:
+        better = before is None or _rank(look) < _rank(before)
+        if better:
             self.best = {name: one.detach().clone() for name, one in weights.items()}
         return better
 
@@ -105,6 +105,11 @@ def split_dev(examples: Sequence[Example], share: float, most: int, seed: int) -
     kept = [one for one in examples if _document(one) not in chosen]
     held = [one for one in examples if _document(one) in chosen]
     return kept, held[:most]
+
+
+def _rank(look: Look) -> float:
+    """Its loss; a loss that is no number is the worst of all."""
+    return math.inf if math.isnan(look.dev_loss) else look.dev_loss
 
 
 def _document(one: Example) -> str:
