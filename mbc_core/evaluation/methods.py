@@ -90,6 +90,12 @@ class MethodSet:
         digest = hashlib.sha256(told.encode("utf-8", "surrogatepass")).hexdigest()
         return cls(name, prepared, documents, strangers, digest)
 
+    def first(self, count: int | None) -> MethodSet:
+        """The first ``count`` documents and the questions about them; all of it for None."""
+        if count is None or count >= len(self.documents):
+            return self
+        return MethodSet.of(self.name, self.prepared.take(self.rows_of(range(count))), self.strangers)
+
     def asked_about(self, count: int | None = None) -> list[int]:
         """Places of the questions about the first ``count`` documents (all for None), ascending."""
         rows = len(self.prepared) if count is None else sum(len(one) for one in self.documents[:count])

@@ -27,7 +27,7 @@ import click
 from mbc_core.evaluation.kept_answers import KeptAnswers
 from mbc_core.evaluation.method_report import Controls, Counted, make_report, markdown, table
 from mbc_core.evaluation.method_run import Outcome, Protocol, run_method
-from mbc_core.evaluation.methods import Method, MethodSet, load_method_set
+from mbc_core.evaluation.methods import Method, load_method_set
 from mbc_core.evaluation.metrics import bootstrap
 from mbc_core.evaluation.online_tuning import OnlineTuning, TuningRun, Weighting
 from mbc_core.evaluation.text_methods import ClosedBook, FullText
@@ -88,10 +88,7 @@ def tune_command(
 ) -> None:  # fmt: skip
     """Choose the learning rate of online fine-tuning on held-out training documents, by F1."""
     base = _language_model(lm, device)
-    held_out = load_method_set("heldout", data / "heldout")
-    if documents is not None:
-        rows = held_out.rows_of(range(documents))
-        held_out = MethodSet.of("heldout", held_out.prepared.take(rows))
+    held_out = load_method_set("heldout", data / "heldout").first(documents)
     kept = KeptAnswers(keep) if keep is not None else None
     protocol = Protocol(first=0, single=0)
     start = run_method(ClosedBook(base, closed), held_out, protocol, kept=kept, say=_say)
@@ -120,7 +117,8 @@ def tune_command(
 @click.option("--tuned", type=_GIVEN, multiple=True, help="What `tune` wrote; repeatable.")
 @click.option("--k", default=5, show_default=True, help="Passages of full text.")
 @click.option("--first", default=200, show_default=True, help="Documents of the retention question; 0: none.")
-@click.option("--limit", type=int, help="At most so many questions.")
+@click.option("--documents", type=click.IntRange(1), help="Only the first so many documents of a set.")
+@click.option("--limit", type=click.IntRange(1), help="At most so many questions.")
 @click.option("--single", default=4, show_default=True, help="Questions asked alone, for the time.")
 @click.option("--keep", type=_FILE, help="Answers, to go on from.")
 @click.option("--json", "as_json", type=_FILE, help="Write everything measured here.")
@@ -133,7 +131,7 @@ def run_command(sets: tuple[str, ...], **told: Any) -> None:
     protocol = Protocol(first=told["first"], limit=told["limit"], single=told["single"])
     reports = []
     for name in sets or SETS:
-        data = load_method_set(name, told["data"] / name, told["data"] / "strangers")
+        data = load_method_set(name, told["data"] / name, told["data"] / "strangers").first(told["documents"])
         outcomes: list[Outcome] = []
         controls: dict[str, Controls] = {}
         for method, held in _methods(base, told):
@@ -168,20 +166,24 @@ def _methods(base: LanguageModel, told: dict[str, Any]) -> Iterator[tuple[Method
 
 def _papers(base: LanguageModel, told: dict[str, Any]) -> Iterator[tuple[Method, Controls]]:
     """Each of the paper's models over its own bank and over the bank of other documents, after their closed book."""
-    from mbc_core.training.paper_method import PaperMethod
-
-    more = {"device": base.device, "encoder_folder": told["encoder"]}
     closed = "closed"
     if told["paper_closed"] is not None:
         closed = "paper-closed"
-        yield PaperMethod(base, told["paper_closed"], name=closed, **more), Controls()
+        yield _paper(base, told, told["paper_closed"], closed), Controls()
     for given in told["papers"]:
         name, equals, folder = given.partition("=")
         if not equals or not Path(folder).is_dir():
             raise click.BadParameter(f"{given!r} is not NAME=FOLDER with an existing folder", param_hint="--paper")
         other = f"{name}, shuffled bank"
-        yield PaperMethod(base, Path(folder), name=name, **more), Controls(closed, other)
-        yield PaperMethod(base, Path(folder), name=other, shuffled=True, **more), Controls(closed)
+        yield _paper(base, told, Path(folder), name), Controls(closed, other)
+        yield _paper(base, told, Path(folder), other, shuffled=True), Controls(closed)
+
+
+def _paper(base: LanguageModel, told: dict[str, Any], folder: Path, name: str, *, shuffled: bool = False) -> Method:
+    from mbc_core.training.paper_method import PaperMethod
+
+    encoder = told["encoder"]
+    return PaperMethod(base, folder, name=name, shuffled=shuffled, device=base.device, encoder_folder=encoder)
 
 
 def _tuning(base: LanguageModel, closed: Path, kind: str, rate: float) -> OnlineTuning:
@@ -209,10 +211,12 @@ def _trials_table(told: dict[str, Any]) -> str:
 
 
 def _language_model(lm: str | None, device: str) -> LanguageModel:
-    from mbc_core import defaults
-    from mbc_core.cli.options import resolve_device
+    import torch
 
-    return defaults.language_model(lm, device=resolve_device(device))
+    from mbc_core import defaults
+
+    found = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    return defaults.language_model(lm, device=found)
 
 
 def _json(file: Path) -> dict[str, Any]:

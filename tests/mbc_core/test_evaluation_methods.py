@@ -48,6 +48,9 @@ def test_passages_of_one_document_belong_together(folder):
     assert [one.tolist() for one in data.documents] == [[0, 1, 2], [3], [4, 5], [6], [7]]
     assert data.rows_of([1, 0]).tolist() == [3, 0, 1, 2] and data.rows_of([]).tolist() == []
     assert data.asked_about() == list(range(8))
+    few = data.first(3)
+    assert [one.tolist() for one in few.documents] == [[0, 1, 2], [3], [4, 5]] and len(few.prepared.questions) == 6
+    assert few.digest != data.digest and data.first(5) is data and data.first(None) is data
     assert data.asked_about(1) == [0, 1, 2] and data.asked_about(3) == [0, 1, 2, 3, 4, 5]
 
 
