@@ -8,6 +8,7 @@ import click
 
 from mbc_core.cli.train_attend import attend_command
 from mbc_core.cli.train_encoder import lexicon_command, prepare_command, salience_command, word_code_command
+from mbc_core.cli.train_paper import paper_command, paper_data_command
 from mbc_core.cli.train_query_map import query_map_command
 from mbc_core.cli.train_reader import reader_command
 
@@ -26,6 +27,8 @@ train.add_command(attend_command)
 train.add_command(lexicon_command)
 train.add_command(salience_command)
 train.add_command(prepare_command)
+train.add_command(paper_data_command)
+train.add_command(paper_command)
 train.add_command(word_code_command)
 train.add_command(query_map_command)
 

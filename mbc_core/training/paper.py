@@ -1,0 +1,348 @@
+"""Trains the paper's model end to end: amortization, codebook, aggregation, prefix and KV-LoRA together.
+
+One process, or several of them (`torchrun`): each takes whole banks of the same global step, gradients are averaged,
+and the codebook, which every rank computes from all ranks' vectors, stays equal by itself. A run stops when its
+held-out loss is flat, and can be taken up after any call.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mbc_core.errors import UsageError
+from mbc_core.paper.model import PaperModel
+from mbc_core.training.data import SHIP_EXCLUDED_SOURCES
+from mbc_core.training.paper_batches import Draw, OnDevice
+from mbc_core.training.paper_checkpoint import PaperProgress, load_checkpoint, save_checkpoint
+from mbc_core.training.paper_data import PaperData
+from mbc_core.training.paper_ranks import Ranks
+from mbc_core.training.paper_run import PaperRun, cool_when_due, pace, parameter_groups
+from mbc_core.training.paper_step import Losses, Shown, step_losses
+
+_SYNC_EVERY = 10
+_CHECKPOINT_SECONDS = 180.0
+_LOOK_SEED = 7_919
+_CODEBOOK = "quantizer.codebook"
+
+
+class PaperTrainer:
+    """One model with its data, optimizer and progress.
+
+    Args:
+        model: the paper's model, on its device.
+        data: tokens of passages and questions; held-out passages are looked at only.
+        on_device: the same as matrices.
+        run: size and speed.
+        ranks: the processes that share the work.
+    """
+
+    def __init__(
+        self, model: PaperModel, data: PaperData, on_device: OnDevice, run: PaperRun, ranks: Ranks | None = None
+    ) -> None:
+        self.model, self.on_device, self.run, self.ranks = model, on_device, run, ranks or Ranks()
+        self.device = on_device.device
+        keep = model.config.backprop_keep
+        self.draw = Draw(
+            data, documents=run.documents, questions=run.questions, banks=run.banks, keep=keep,
+            max_tokens=run.max_tokens,
+        )  # fmt: skip
+        self.held_out = _held_out_draw(data, run)
+        self.parameters = model.learned_parameters()
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups(self.parameters, run), lr=run.lr, fused=self.device.type == "cuda"
+        )
+        if model.quantizer is not None:
+            model.quantizer.watch(self.optimizer)
+        self.progress = PaperProgress()
+        self._since: dict[str, Tensor] = {}
+
+    @property
+    def buffers(self) -> dict[str, Tensor]:
+        """What the codebook remembers beside its words, and the words themselves where no optimizer moves them."""
+        quantizer = self.model.quantizer
+        if quantizer is None:
+            return {}
+        found = {f"quantizer.{name}": one for name, one in quantizer.named_buffers()}
+        if _CODEBOOK not in self.parameters:
+            found[_CODEBOOK] = quantizer.codebook.data
+        return found
+
+    def step(self) -> None:
+        """One step of the optimizer; nothing is read back from the device but what the codebook's reset needs."""
+        progress, run = self.progress, self.run
+        chosen = self.draw.step(run.seed, progress.step)
+        own = chosen.part(self.ranks.rank, self.ranks.count)
+        torch.manual_seed((run.seed * 1_000_003 + progress.step) * 64 + self.ranks.rank)
+        self.model.train()
+        with self._autocast():
+            losses = step_losses(self.model, self.on_device.batch(own), "none" if run.closed else "own")
+        answer = losses.answer / self.on_device.answer_tokens(chosen)
+        # Gradients are averaged over ranks: each rank's share of the sum counts once.
+        total = answer * self.ranks.count + self.model.config.lambda_vq * losses.vq
+        torch.autograd.backward(total)
+        self._update()
+        progress.step += 1
+        self._note(answer.detach(), losses)
+
+    def look(self) -> dict[str, float | int]:
+        """Held-out loss a token with the right bank and with another one, codes used and their perplexity."""
+        shown: tuple[Shown, ...] = ("none",) if self.run.closed else ("own", "other")
+        sums = {name: torch.zeros((), device=self.device) for name in shown}
+        counts = torch.zeros(self.model.config.codewords, dtype=torch.int64, device=self.device)
+        tokens = 0
+        self.model.eval()
+        for number in range(self.held_out.steps_per_epoch):
+            chosen = self.held_out.step(_LOOK_SEED, number)
+            batch = self.on_device.batch(chosen)
+            tokens += self.on_device.answer_tokens(chosen)
+            for name in shown:
+                with torch.no_grad(), self._autocast():
+                    losses = step_losses(self.model, batch, name)
+                sums[name] += losses.answer
+                indices = losses.quantized.indices if losses.quantized is not None else batch.codes
+                if name == "own" and indices is not None:
+                    counts += torch.bincount(indices.reshape(-1), minlength=len(counts))
+        found: dict[str, float | int] = {f"held_out_{_SPELT[name]}": float(one) / tokens for name, one in sums.items()}
+        if int(counts.sum()):
+            share = counts.double() / counts.sum()
+            found["held_out_used"] = int((counts > 0).sum())
+            found["held_out_perplexity"] = float(torch.exp(-(share * share.clamp(min=1e-30).log()).sum()))
+        return found | self._averages()
+
+    def save(self, folder: Path) -> None:
+        """Leave a checkpoint."""
+        save_checkpoint(folder, self.parameters, self.buffers, self.optimizer, self.progress)
+
+    def load(self, folder: Path) -> bool:
+        """Take up a checkpoint; False when there is none."""
+        found = load_checkpoint(folder, self.parameters, self.buffers, self.optimizer)
+        self.progress = found or self.progress
+        return found is not None
+
+    def _update(self) -> None:
+        share = pace(self.progress, self.run)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["highest"] * share
+        moving = {name: one for name, one in self.parameters.items() if one.grad is not None}
+        self.ranks.average([one.grad for name, one in moving.items() if name != _CODEBOOK])
+        nn.utils.clip_grad_norm_(list(moving.values()), self.run.clip, foreach=True)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _note(self, answer: Tensor, losses: Losses) -> None:
+        """Add what this step saw to the sums since the last look, on the device."""
+        seen = {"loss": answer * self.ranks.count, "vq": losses.vq.detach()}
+        if losses.quantized is not None:
+            seen |= {"perplexity": losses.quantized.perplexity, "used": losses.quantized.used}
+        seen["steps"] = torch.ones((), device=self.device)
+        for name, value in seen.items():
+            self._since[name] = self._since.get(name, 0) + value.detach().float()
+
+    def _averages(self) -> dict[str, float | int]:
+        """Means of :meth:`_note` since the last look."""
+        if not self._since:
+            return {}
+        names = list(self._since)
+        values = dict(zip(names, torch.stack([self._since[name] for name in names]).tolist(), strict=True))
+        steps = values.pop("steps")
+        self._since = {}
+        found: dict[str, float | int] = {name: value / steps for name, value in values.items()}
+        return found if self.model.quantizer is None else found | {"resets": int(self.model.quantizer.resets)}
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.run.bf16)
+
+
+_CLOSED = "closed book: the same parts, trained equally, without memory"
+_SPELT = {"own": "loss", "other": "shuffled", "none": "loss"}
+
+
+def train_paper(
+    trainer: PaperTrainer,
+    out_dir: Path,
+    *,
+    resume: bool = True,
+    say: Callable[[str], None] = lambda line: None,
+) -> bool:
+    """Train until the run or this call is over, and leave a checkpoint and ``curve.jsonl`` in ``out_dir``.
+
+    Args:
+        resume: take up the checkpoint in ``out_dir`` when there is one.
+
+    Returns:
+        whether the run is finished; False when ``call_minutes`` ended this call early.
+
+    Raises:
+        DamagedFile: the checkpoint cannot be read.
+    """
+    run, progress, leads = trainer.run, trainer.progress, trainer.ranks.rank == 0
+    folder = out_dir / "checkpoint"
+    if resume and trainer.load(folder):
+        progress = trainer.progress
+        say(f"resumed at step {progress.step:,} after {progress.seconds:.0f} s of training")
+    elif leads:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        (out_dir / "curve.jsonl").unlink(missing_ok=True)
+    clock, saved = _Clock(trainer), time.monotonic()
+    while not progress.finished:
+        trainer.step()
+        if progress.step % _SYNC_EVERY == 0:
+            clock.tick()
+            cool_when_due(progress, run)
+        over = run.call_minutes is not None and clock.this_call >= 60 * run.call_minutes
+        if progress.step % run.look_every == 0 or progress.finished:
+            clock.tick()
+            _look(trainer, out_dir, say)
+            clock.restart()
+        if leads and not progress.finished and time.monotonic() - saved > _CHECKPOINT_SECONDS:
+            trainer.save(folder)
+            saved = time.monotonic()
+        if over:
+            break
+    clock.tick()
+    if leads:
+        trainer.save(folder)
+    return progress.finished
+
+
+def paper_card(trainer: PaperTrainer, data: PaperData, curve: list[dict[str, Any]], **more: object) -> dict[str, Any]:
+    """What a reader of the weights needs to know: data, sizes, schedule, curve, device.
+
+    Args:
+        curve: lines of ``curve.jsonl``.
+        more: further entries, such as ``results``.
+    """
+    model, run, progress = trainer.model, trainer.run, trainer.progress
+    names = trainer.parameters
+    cuda = trainer.device.type == "cuda"
+    return {
+        "what": "the paper's model, " + (_CLOSED if run.closed else f"{model.config.codes} codes"),
+        "base": {"name": model.language_model.name, "digest": model.language_model.digest},
+        "config": json.loads(model.config.to_json()),
+        "run": asdict(run),
+        "finished": progress.finished,
+        "ended_by": progress.ended_by,
+        "converged": progress.ended_by == "flat",
+        "steps": progress.step,
+        "seconds": round(progress.seconds, 1),
+        "epochs": round(progress.step / trainer.draw.steps_per_epoch, 2),
+        "processes": trainer.ranks.count,
+        "parameters": {
+            "learned": sum(one.numel() for one in names.values()),
+            "kv_lora": sum(one.numel() for name, one in names.items() if "lora_" in name),
+        },
+        "data": {
+            **data.told,
+            "passages": int((~data.held_out).sum()),
+            "held_out_passages": int(data.held_out.sum()),
+            "questions": len(data.rows),
+            "too_long": trainer.draw.left_out,
+            "licences": {name: LICENCES.get(name, "unknown") for name in data.told["sources"]},
+        },
+        "curve": curve,
+        "device": torch.cuda.get_device_name(trainer.device) if cuda else platform.processor() or "CPU",
+        "versions": {"torch": torch.__version__, "python": sys.version.split()[0]},
+        "command": " ".join(["mbc", *sys.argv[1:]]),
+        "made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        **more,
+    }
+
+
+def require_shippable(data: PaperData) -> None:
+    """Refuse sources that weights in this repository are never trained on.
+
+    Raises:
+        UsageError: one is there.
+    """
+    found = sorted(SHIP_EXCLUDED_SOURCES & set(data.told["sources"]))
+    if found:
+        raise UsageError(
+            "the data hold sources that shipped weights are never trained on",
+            value=found,
+            cause="their licence is for research only, or unclear",
+            fix="leave them out (`mbc train prepare` does), or say --research for weights that are not given away",
+        )
+
+
+LICENCES: Mapping[str, str] = {
+    "squad_train": "CC BY-SA 4.0",
+    "squad_sent": "CC BY-SA 4.0",
+    "squadshifts_amazon_reviews": "CC BY 4.0",
+    "squadshifts_new_wiki": "CC BY 4.0",
+    "squadshifts_reddit": "CC BY 4.0",
+    "nq_qed": "CC BY-SA 3.0",
+    "quoref": "CC BY 4.0",
+    "tweetqa": "CC BY-SA 4.0",
+}
+"""Licences of data sets, as far as their distributors state them plainly."""
+
+
+def read_curve(out_dir: Path) -> list[dict[str, Any]]:
+    """Lines of ``curve.jsonl``."""
+    path = out_dir / "curve.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+class _Clock:
+    """Seconds of training, looks left out; all ranks go by the first one's."""
+
+    def __init__(self, trainer: PaperTrainer) -> None:
+        self._trainer = trainer
+        self._first = trainer.progress.seconds
+        self.restart()
+
+    @property
+    def this_call(self) -> float:
+        return self._trainer.progress.seconds - self._first
+
+    def tick(self) -> None:
+        self._trainer.progress.seconds = self._trainer.ranks.agreed(self._before + time.monotonic() - self._start)
+
+    def restart(self) -> None:
+        self._before, self._start = self._trainer.progress.seconds, time.monotonic()
+
+
+def _look(trainer: PaperTrainer, out_dir: Path, say: Callable[[str], None]) -> None:
+    progress = trainer.progress
+    found = trainer.look()
+    progress.looks.append((progress.step, trainer.ranks.agreed(float(found["held_out_loss"]))))
+    cool_when_due(progress, trainer.run)
+    line = {
+        "step": progress.step,
+        "seconds": round(progress.seconds, 2),
+        "pace": round(pace(progress, trainer.run), 4),
+        **{name: round(value, 5) if isinstance(value, float) else value for name, value in found.items()},
+    }
+    if trainer.ranks.rank == 0:
+        with (out_dir / "curve.jsonl").open("a") as stream:
+            stream.write(json.dumps(line) + "\n")
+    say("  ".join(f"{name} {value:.5g}" for name, value in line.items()))
+
+
+def _held_out_draw(data: PaperData, run: PaperRun) -> Draw:
+    """Every look asks the same questions, in banks of one size."""
+    lengths = data.prompts.lengths + data.answers.lengths
+    rows = data.rows[data.held_out[data.rows] & (lengths <= run.max_tokens)]
+    there = len(set(rows.tolist()))
+    bank = run.held_out_bank
+    documents = min(run.documents, there) // bank * bank
+    if documents < 2 * bank:
+        raise UsageError(
+            "too few held-out passages to measure on",
+            value=f"{there} passages with questions",
+            cause=f"two banks of {bank} are needed: the right one and another one",
+            fix="give more data, or a smaller --held-out-bank",
+        )
+    return Draw(
+        data, held_out=True, documents=documents, questions=run.questions, banks=(bank,), max_tokens=run.max_tokens
+    )

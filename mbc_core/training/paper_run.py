@@ -1,0 +1,122 @@
+"""How long `mbc train paper` runs, how fast it learns, and when its held-out loss counts as flat."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from mbc_core.training.paper_checkpoint import PaperProgress
+
+_LEAST_LOOKS = 6
+
+
+@dataclass(frozen=True, slots=True)
+class PaperRun:
+    """Size and speed of a run. It ends when the held-out loss is flat, or at ``steps`` or ``minutes``.
+
+    Attributes:
+        steps, minutes: limits; minutes are of training alone, over all calls.
+        call_minutes: stop this call after so many minutes and leave a checkpoint to go on from.
+        documents, questions: passages a step and questions of each.
+        banks: sizes of the banks that a step is cut into; every step draws one.
+        held_out_bank: size of the banks that the held-out loss is measured with.
+        max_tokens: most tokens of a question with its answer.
+        lr, encoder_lr, lora_lr, codebook_lr: highest learning rates of the new parts, of a fine-tuned sentence encoder,
+            of KV-LoRA and of a codebook that learns by gradient.
+        warm_up: steps until the learning rate is at its highest; it then stays there.
+        cool_down: share of the run over which it falls to zero at the end.
+        look_every: steps between two looks at the held-out loss.
+        flat: improvement (a share of the loss) over the last third of the looks under which it is flat; None: never.
+        closed: train the closed book instead: the same questions and parts, banks that say nothing.
+        bf16: compute in bfloat16 where that is safe (codes and losses stay in float32).
+        chunks: pieces of like length in which passages are encoded.
+    """
+
+    steps: int | None = None
+    minutes: float | None = 5.0
+    call_minutes: float | None = None
+    documents: int = 128
+    questions: int = 2
+    banks: tuple[int, ...] = (1, 4, 16, 64)
+    held_out_bank: int = 16
+    max_tokens: int = 40
+    lr: float = 5e-4
+    encoder_lr: float = 5e-5
+    lora_lr: float = 7e-4
+    codebook_lr: float = 1e-3
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    warm_up: int = 100
+    cool_down: float = 0.2
+    look_every: int = 200
+    flat: float | None = 0.002
+    closed: bool = False
+    bf16: bool = True
+    chunks: int = 3
+    seed: int = 0
+
+
+def pace(progress: PaperProgress, run: PaperRun) -> float:
+    """Share of the highest learning rate at the next step: warm-up, level, then a straight fall to zero."""
+    share = min(1.0, (progress.step + 1) / max(1, run.warm_up))
+    if progress.cool_from is None:
+        return share
+    return share * max(0.0, 1 - (progress.step - progress.cool_from) / max(1, progress.cool_steps))
+
+
+def cool_when_due(progress: PaperProgress, run: PaperRun) -> None:
+    """Begin the fall when the held-out loss is flat, or when what the limits leave is just enough for it."""
+    if progress.cool_from is not None or not progress.step:
+        return
+    done = {
+        "steps": progress.step / run.steps if run.steps else 0.0,
+        "minutes": progress.seconds / (60 * run.minutes) if run.minutes else 0.0,
+    }
+    reason = max(done, key=lambda name: done[name])
+    if done[reason] >= 1 - run.cool_down:
+        left = progress.step / done[reason] - progress.step
+        begin(progress, reason, round(left))
+    elif run.flat is not None and is_flat(progress.looks, run.flat):
+        begin(progress, "flat", round(progress.step * run.cool_down / (1 - run.cool_down)))
+
+
+def begin(progress: PaperProgress, reason: str, steps: int) -> None:
+    """Let the learning rate fall over the next ``steps`` steps."""
+    progress.cool_from, progress.cool_steps, progress.ended_by = progress.step, max(0, steps), reason
+
+
+def is_flat(looks: Sequence[tuple[int, float]], least: float) -> bool:
+    """Whether the best held-out loss of the last third of the steps is no better than that before, by ``least`` of it.
+
+    >>> is_flat([(step, 1 / step) for step in range(1, 10)], 0.002)
+    False
+    >>> is_flat([(step, 1.0) for step in range(1, 10)], 0.002)
+    True
+    """
+    if len(looks) < _LEAST_LOOKS:
+        return False
+    border = looks[-1][0] * 2 / 3
+    before = min(loss for step, loss in looks if step <= border)
+    after = min(loss for step, loss in looks if step > border)
+    return after > before * (1 - least)
+
+
+def parameter_groups(parameters: dict[str, torch.nn.Parameter], run: PaperRun) -> list[dict[str, object]]:
+    """The optimizer's groups: each part with its own learning rate, norms, biases and codewords without decay."""
+    groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
+    for name, one in parameters.items():
+        rate = run.lr
+        if "lora_" in name:
+            rate = run.lora_lr
+        elif ".encoder." in name:
+            rate = run.encoder_lr
+        elif name.endswith("codebook"):
+            rate = run.codebook_lr
+        decay = run.weight_decay if one.dim() >= 2 and not name.endswith(("codebook", "bias", "norm_weight")) else 0.0
+        groups.setdefault((rate, decay), []).append(one)
+    return [
+        {"params": members, "lr": rate, "highest": rate, "weight_decay": decay}
+        for (rate, decay), members in sorted(groups.items(), key=lambda item: item[0])
+    ]
