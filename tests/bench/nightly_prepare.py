@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -65,8 +67,6 @@ class GrowingBank:
 
     def add(self, documents: Sequence[QaDocument]) -> dict[str, object]:
         """Ingest documents; no questions come with them, so the replay holds cloze questions."""
-        from dataclasses import replace
-
         self._runs += 1
         source = self._folder / f"documents-{self._runs}.jsonl"
         rows = [{"id": one.doc_id, "text": one.text, "timestamp": one.timestamp} for one in documents]
@@ -76,6 +76,7 @@ class GrowingBank:
             encoder=self._source,
             profile=PROFILE,
             replay_per_window=_ALL,
+            replay_lifetime=math.inf,
             key_salt=SALT.hexdigest(),
             ingest_id=f"quarter-{self._runs}",
         )
