@@ -196,8 +196,9 @@ class _Asking:
             if self._numbers[document] == quarter and (row["question"], document) not in known:
                 known.add((row["question"], document))
                 self._add(row["question"], row["answer"], document, "cloze")
+        held = {self._of_key[key] for key in set(memory.keys().tolist())}
         for document, number in enumerate(self._numbers):
-            if number == quarter:
+            if number == quarter and document in held:
                 for question, answer in self._further_cloze(document, known):
                     self._add(question, answer, document, "gate")
 

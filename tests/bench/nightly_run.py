@@ -167,7 +167,7 @@ class _State:
 
     def _adapt(self, quarter: int, target: Path) -> dict[str, Any]:
         """Train a candidate, ask the gate, and keep what is live now in ``target``."""
-        job, gating = self.job, self.job.gate and self.arm.memory == "words"
+        job, gating = self.job, self.job.gate and self.arm.memory == "words" and self.arm.replay
         asked = gate_questions(job.stream, quarter, self.half, job.seed) if gating else {}
         before = {split: self.score(quarter, one)["f1"] for split, one in asked.items()}
         saved = {name: value.clone() for name, value in adapter_state(self.model.model).items()}
