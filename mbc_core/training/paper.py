@@ -198,7 +198,7 @@ def train_paper(
         trainer.step()
         if progress.step % _SYNC_EVERY == 0:
             clock.tick()
-            cool_when_due(progress, run)
+        cool_when_due(progress, run)
         over = run.call_minutes is not None and clock.this_call >= 60 * run.call_minutes
         if progress.step % run.look_every == 0 or progress.finished:
             clock.tick()

@@ -147,9 +147,7 @@ def run_paper(told: PaperOptions, say: Say) -> dict[str, Any] | None:
         UsageError: options that do not go together.
         DamagedFile, ModelError: files that cannot be used.
     """
-    from mbc_core.cli.options import resolve_device
-
-    device = resolve_device(told.device)
+    device = told.device if told.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     ranks = Ranks.join(device)
     if device == "cuda":
         device = f"cuda:{torch.cuda.current_device() if ranks.count == 1 else ranks.rank % torch.cuda.device_count()}"
@@ -200,7 +198,8 @@ def sentence_encoder(folder: Path, device: torch.device) -> HfModel:
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    model = AutoModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True, add_pooling_layer=False)
+    model = AutoModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    model.pooler = None  # never read
     return model.to(device)
 
 
