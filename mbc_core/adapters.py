@@ -15,11 +15,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from types import EllipsisType
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from mbc_core.errors import DamagedFile, MbcError, StorageError, UsageError
+from mbc_core.errors import DamagedFile, LostRace, MbcError, UsageError
+from mbc_core.lineage import Lineage, check_lineage
 from schemas.tables import LIVE_ADAPTER
 
 if TYPE_CHECKING:
@@ -41,12 +43,19 @@ class AdapterInfo:
         base_digest: digest of the language model it belongs to.
         card: how it was made, with before and after figures; JSON values.
         live: whether it is the live one of its base model.
+        state: ``live``; ``earlier``, which a rollback may come back to; ``rolled back``; or ``candidate``.
     """
 
     version: str
     base_digest: str
     card: dict[str, Any]
     live: bool
+    state: str = "candidate"
+
+    @property
+    def lineage(self) -> Lineage:
+        """Where it comes from, and what the gate said of it."""
+        return Lineage.of(self.card)
 
 
 class AdapterRegistry:
@@ -68,7 +77,7 @@ class AdapterRegistry:
             The version's name.
 
         Raises:
-            UsageError: a file is missing or unknown.
+            UsageError: a file is missing or unknown, or a judged adapter's card lacks its lineage.
             StorageError: the store is full or may not be written.
         """
         if set(files) != set(FILES) or not base_digest:
@@ -84,6 +93,7 @@ class AdapterRegistry:
             "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
             "files": {name: hashlib.sha256(data).hexdigest() for name, data in sorted(files.items())},
         }
+        check_lineage(full)
         text = (json.dumps(full, indent=2, sort_keys=True) + "\n").encode()
         number = 1 + max((int(version.split("-")[0]) for version in self.versions()), default=0)
         version = f"{number:04d}-{_card_digest(text)}"
@@ -118,9 +128,7 @@ class AdapterRegistry:
             UsageError: no such version.
             DamagedFile: the card does not match its digest.
         """
-        card = self._card(version)
-        base = str(card["base_digest"])
-        return AdapterInfo(version, base, card, self.live(base) == version)
+        return self._info(version, self._all_rows())
 
     def files(self, version: str) -> dict[str, bytes]:
         """The contents of a version's files by name, digests checked.
@@ -165,17 +173,36 @@ class AdapterRegistry:
         rows = self._bank.read(LIVE).sort_by("added_at").to_pylist()
         return self.live(rows[-1]["base_digest"]) if rows else None
 
-    def promote(self, version: str, reason: str) -> None:
+    def promoted_bases(self) -> list[str]:
+        """Digests of the base models for which an adapter was ever promoted, or else of all adapters' base models."""
+        promoted = {str(row["base_digest"]) for row in self._all_rows()}
+        return sorted(promoted or {info.base_digest for info in self.list()})
+
+    def promote(self, version: str, reason: str, *, expected: str | EllipsisType | None = ...) -> None:
         """Make a version live for its base model, after checking its files.
+
+        Args:
+            expected: the version that must be live until then, None for the release's own adapter: the one that the
+                version was compared with. Left out, whatever is live is replaced.
 
         Raises:
             UsageError: no such version.
             DamagedFile: its files are damaged.
-            StorageError: another promotion or rollback came between.
+            LostRace: another promotion or rollback came between.
         """
-        base = self.info(version).base_digest
+        base = str(self._card(version)["base_digest"])
         self.files(version)
-        self._append(base, version, "promote", reason)
+        rows = self._rows(base, None)
+        live = next(reversed(_stack(rows)), None)
+        if expected is not ... and live != expected:
+            raise LostRace(
+                f"adapter {version} was not compared with the adapter that is live",
+                value=live,
+                cause=f"it was compared with {expected or 'the one that comes with the release'}; another promotion"
+                " or rollback came between",
+                fix="adapt again: it stays a candidate, and `mbc adapters promote` makes it live by hand",
+            )
+        self._append(base, version, "promote", reason, rows)
 
     def rollback(self, base_digest: str, reason: str) -> str | None:
         """Make live again what was live before the newest promotion that still stands.
@@ -185,8 +212,11 @@ class AdapterRegistry:
 
         Raises:
             UsageError: no adapter was promoted for this base model.
+            DamagedFile: the files of the earlier one are damaged.
+            LostRace: another promotion or rollback came between.
         """
-        stack = _stack(self._rows(base_digest, None))
+        rows = self._rows(base_digest, None)
+        stack = _stack(rows)
         if not stack:
             raise UsageError(
                 "there is no adapter to roll back",
@@ -197,8 +227,22 @@ class AdapterRegistry:
         target = stack[-2] if len(stack) > 1 else None
         if target is not None:
             self.files(target)
-        self._append(base_digest, target, "rollback", reason)
+        self._append(base_digest, target, "rollback", reason, rows)
         return target
+
+    def ancestors(self, version: str) -> list[str]:
+        """The versions that this one descends from, its parent first; ends with ``shipped``, a folder or nothing.
+
+        Raises:
+            UsageError: no such version. DamagedFile: a card does not match its digest.
+        """
+        found: list[str] = []
+        known = set(self.versions())
+        parent = self.info(version).lineage.parent
+        while parent is not None and parent not in found:
+            found.append(parent)
+            parent = Lineage.of(self._card(parent)).parent if parent in known else None
+        return found
 
     def problems(self) -> list[str]:
         """Faults of all versions, a line each; for ``mbc inspect --verify``."""
@@ -207,6 +251,9 @@ class AdapterRegistry:
         for version in whole:
             try:
                 self.files(version)
+                parent = Lineage.of(self._card(version)).parent
+                if parent is not None and _VERSION.fullmatch(parent) and parent not in whole:
+                    found.append(f"adapter {version} descends from {parent}, whose folder is gone.")
             except MbcError as error:
                 found.append(str(error))
         live = {row["version"] for row in self._bank.read(LIVE).to_pylist() if row["version"]}
@@ -231,18 +278,31 @@ class AdapterRegistry:
         card: dict[str, Any] = json.loads(text)
         return card
 
-    def _rows(self, base_digest: str, as_of: int | None) -> list[dict[str, Any]]:
+    def _info(self, version: str, rows: list[dict[str, Any]]) -> AdapterInfo:
+        card = self._card(version)
+        mine = [row for row in rows if row["base_digest"] == card["base_digest"]]
+        stack = _stack(mine)
+        promoted = any(row["version"] == version and row["action"] == "promote" for row in mine)
+        state = "earlier" if version in stack else "rolled back" if promoted else "candidate"
+        live = bool(stack) and stack[-1] == version
+        return AdapterInfo(version, str(card["base_digest"]), card, live, "live" if live else state)
+
+    def _all_rows(self, as_of: int | None = None) -> list[dict[str, Any]]:
+        """Promotions and rollbacks of all base models, oldest first."""
         rows = self._bank.read(LIVE)
         moments = rows["added_at"].cast(pa.int64()).to_pylist()
         pairs = sorted(zip(moments, rows.to_pylist(), strict=True), key=lambda pair: pair[0])
-        return [
-            row for moment, row in pairs if row["base_digest"] == base_digest and (as_of is None or moment <= as_of)
-        ]
+        return [row for moment, row in pairs if as_of is None or moment <= as_of]
 
-    def _append(self, base_digest: str, version: str | None, action: str, reason: str) -> None:
+    def _rows(self, base_digest: str, as_of: int | None) -> list[dict[str, Any]]:
+        return [row for row in self._all_rows(as_of) if row["base_digest"] == base_digest]
+
+    def _append(
+        self, base_digest: str, version: str | None, action: str, reason: str, before: list[dict[str, Any]]
+    ) -> None:
+        """Add a row behind ``before``, the rows that were looked at, or fail when another one came between."""
         from mbc_core.bank.commit import commit_files, write_rows
 
-        before = self._rows(base_digest, None)
         last = int(before[-1]["added_at"].timestamp() * 1e6) if before else 0
         row = {
             "base_digest": base_digest,
@@ -253,8 +313,11 @@ class AdapterRegistry:
         }
         file = write_rows(self._bank, LIVE, pa.Table.from_pylist([row], LIVE_ADAPTER), f"{len(before):05d}")
         # The number of earlier changes is the commit's version: of two changes at once the second is refused.
-        if not commit_files(self._bank, LIVE, [file], f"live/{base_digest}", len(before)):
-            raise StorageError(
+        if commit_files(self._bank, LIVE, [file], f"live/{base_digest}", len(before)):
+            return
+        if file.path not in dict(self._bank.files(LIVE)):  # else it was this one, and only the answer was lost
+            self._storage.delete(f"{LIVE}/{file.path}")
+            raise LostRace(
                 "the live adapter was changed by someone else at the same moment",
                 value=self.live(base_digest),
                 cause="two promotions or rollbacks ran at once",
@@ -263,7 +326,8 @@ class AdapterRegistry:
 
     def list(self) -> list[AdapterInfo]:
         """All versions, oldest first, their cards checked."""
-        return [self.info(version) for version in self.versions()]
+        rows = self._all_rows()
+        return [self._info(version, rows) for version in self.versions()]
 
 
 def _stack(rows: list[dict[str, Any]]) -> list[str]:

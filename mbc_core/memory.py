@@ -6,10 +6,10 @@
 
 from __future__ import annotations
 
-import tempfile
+import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
 from pathlib import Path
@@ -21,10 +21,10 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from mbc_core import defaults
-from mbc_core.adapters import AdapterRegistry
 from mbc_core.bank import Bank
 from mbc_core.codes import Rotation, code_size
 from mbc_core.errors import DamagedFile, IncompatibleBank, UsageError
+from mbc_core.reader.live_adapter import CHECK_SECONDS, LiveAdapter, Warn
 from mbc_core.recall import Part, RecallIndex
 from mbc_core.rerank import DEPTH, reranked
 from schemas.results import AskResult, Source
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from schemas.manifest import Manifest
 
 READS = ("recall", "closed")
-SHIPPED_ADAPTER = "shipped"
+_BATCH = 256  # questions answered by one adapter before another may be put on
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
@@ -209,6 +209,11 @@ class Memory:
         return float(sum(size or 0.0 for size in sizes))
 
     @property
+    def rotation(self) -> Rotation:
+        """R, which turns the vectors that codes stand for back into the encoder's space."""
+        return self._index.rotation
+
+    @property
     def passages(self) -> pa.Table:
         """What :meth:`mbc_core.bank.Bank.passages` gave when the memory was opened; row numbers point into it."""
         return self._passages
@@ -249,6 +254,9 @@ class Reader:
         adapter: folder of an adapter to use instead.
         as_of: answer as the bank and its adapter stood then.
         device: where models run.
+        refresh: seconds between two looks whether another adapter was promoted or rolled back; it then reads from the
+            next batch on, unless ``adapter`` or ``as_of`` is given.
+        warn: gets a line when an adapter cannot be loaded and the one before it goes on reading.
     """
 
     def __init__(
@@ -260,11 +268,16 @@ class Reader:
         adapter: Path | None = None,
         as_of: datetime | None = None,
         device: str = "cpu",
+        refresh: float = CHECK_SECONDS,
+        warn: Warn | None = None,
     ) -> None:
         self._given = bank.bank if isinstance(bank, Memory) else bank
         self.bank = self._given if isinstance(self._given, Bank) else Bank.open(self._given)
         self._encoder, self._base, self._folder = encoder, language_model, adapter
         self.as_of, self.device = as_of, device
+        self._refresh, self._warn = refresh, warn
+        self._loaded: LiveAdapter | None = None
+        self._loading = threading.Lock()
         if isinstance(bank, Memory):
             self.memory = bank  # fills the cached property
 
@@ -273,20 +286,30 @@ class Reader:
         """What is recalled from."""
         return Memory.open(self.bank, self._encoder, as_of=self.as_of, device=self.device)
 
-    @cached_property
+    @property
     def language_model(self) -> LanguageModel:
-        """The base model with its adapter."""
-        return self._adapted[0]
+        """The base model with its adapter as it is now; see :meth:`LiveAdapter.batch` for use beside promotions."""
+        return self.live.language_model
 
-    @cached_property
+    @property
     def adapter(self) -> str | None:
         """Which adapter reads: a version of the bank, ``shipped``, the folder that was given, or None."""
-        return self._adapted[1]
+        return self.live.name
 
-    @cached_property
-    def _adapted(self) -> tuple[LanguageModel, str | None]:
-        base = self._base or defaults.language_model(device=self.device)
-        return with_adapter(base, self.bank, folder=self._folder, as_of=self.as_of)
+    @property
+    def live(self) -> LiveAdapter:
+        """The base model, loaded once, and the adapter that is on it."""
+        with self._loading:
+            if self._loaded is None:
+                base = self._base or defaults.language_model(device=self.device)
+                self._loaded = LiveAdapter(
+                    base, self.bank, folder=self._folder, as_of=self.as_of, every=self._refresh, warn=self._warn
+                )
+            return self._loaded
+
+    def refresh(self) -> bool:
+        """Read with the adapter that is live now; True when it is another one than before."""
+        return self.live.refresh()
 
     def ask(self, question: str, k: int = 5, read: str = "recall") -> Answer:
         """Answer one question; see :meth:`ask_many`."""
@@ -317,10 +340,17 @@ class Reader:
         ]
 
     def answer(self, memory: Sequence[Sequence[str]], questions: Sequence[str]) -> list[str]:
-        """Answers of the language model to questions with these memory lines, best first, before them."""
+        """Answers of the language model to questions with these memory lines, best first, before them.
+
+        In batches of up to 256 questions, each read by one adapter; safe in several threads.
+        """
         from mbc_core.reader.generate import answer_prompts
 
-        return answer_prompts(self.language_model, self._form, self._prompts(memory, questions))
+        prompts, answers = self._prompts(memory, questions), list[str]()
+        for start in range(0, len(prompts), _BATCH):
+            with self.live.batch() as language_model:
+                answers += answer_prompts(language_model, self._form, prompts[start : start + _BATCH])
+        return answers
 
     def prompt_tokens(self, memory: Sequence[Sequence[str]], questions: Sequence[str]) -> list[int]:
         """Length of the prompts that :meth:`answer` would use."""
@@ -354,40 +384,6 @@ class Reader:
                 cause="this profile stores addresses only",
                 fix="recall from it with `mbc recall`, ask with --read closed, or ingest with --profile default",
             )
-
-
-def with_adapter(
-    base: LanguageModel, bank: Bank, *, folder: Path | None = None, as_of: datetime | None = None
-) -> tuple[LanguageModel, str | None]:
-    """Put on ``base`` the adapter that reads ``bank``.
-
-    Args:
-        folder: use this adapter's folder.
-        as_of: the adapter that was live then.
-
-    Returns:
-        the adapted model, and the adapter's name: the bank's live version, ``shipped``, the folder, or None when there
-        is none for this base model (it then reads unadapted).
-
-    Raises:
-        DamagedFile: the adapter's files do not match their digests.
-        ModelError: ``folder`` was trained for another base model.
-    """
-    from mbc_core.reader.kv_lora import adapter_base, load_adapter
-
-    registry = AdapterRegistry(bank)
-    live = None if folder is not None else registry.live(base.digest, microseconds(as_of))
-    if live is not None:
-        with tempfile.TemporaryDirectory() as place:
-            model, _ = load_adapter(base.model, registry.load(live, Path(place)), base_digest=base.digest)
-        return replace(base, model=model.eval()), live
-    shipped = defaults.reader_adapter() if folder is None else None
-    if shipped is not None and adapter_base(shipped) == base.digest:
-        folder = shipped
-    if folder is None:
-        return base, None
-    model, _ = load_adapter(base.model, folder, base_digest=base.digest)
-    return replace(base, model=model.eval()), SHIPPED_ADAPTER if folder == shipped else str(folder)
 
 
 def _require_words(questions: Sequence[str]) -> None:

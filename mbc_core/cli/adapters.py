@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Mapping
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -11,11 +14,13 @@ from mbc_core.cli.adapters_add import add_adapter, canary
 from mbc_core.cli.options import bank_option, json_option
 from mbc_core.cli.output import note, only_json, out, print_json, table
 from mbc_core.errors import UsageError
+from mbc_core.lineage import Lineage
 
 if TYPE_CHECKING:
     from mbc_core.adapters import AdapterInfo, AdapterRegistry
 
-_FIGURES = ("before", "after")
+_SHOWN = {field.name for field in fields(Lineage)} - {"replay"} | {"started_from", "decision"}
+"""Entries of the card that the lineage tells already."""
 
 
 @click.group()
@@ -27,7 +32,7 @@ def adapters() -> None:
 @bank_option
 @json_option
 def list_adapters(bank: str, as_json: bool) -> None:
-    """List all adapter versions and mark the live ones.
+    """List all adapter versions: which is live, what each descends from, what the gate said, F1 before and after.
 
     Example: mbc adapters list --bank demo-bank
     """
@@ -36,8 +41,11 @@ def list_adapters(bank: str, as_json: bool) -> None:
         if as_json:
             print_json({"adapters": [_plain(info) for info in found]}, stream)
             return
-    rows = [[info.version, "live" if info.live else "", info.base_digest[:12], *_scores(info.card)] for info in found]
-    out().print(table(None, ["version", "", "base model", "F1 before (new, old)", "F1 after (new, old)"], rows))
+    several = len({info.base_digest for info in found}) > 1
+    heads = ["version", "", "made", "from", "decision", "F1 new", "F1 old", *(["base model"] if several else [])]
+    shown = table(None, heads, [_row(info)[: len(heads)] for info in found])
+    shown.columns[0].no_wrap = True  # to be copied into `show` and `promote`
+    out().print(shown)
     if not any(info.live for info in found):
         note("No adapter of this bank is live: the one that comes with the release is used.")
 
@@ -52,12 +60,15 @@ def show_adapter(version: str, bank: str, as_json: bool) -> None:
     Example: mbc adapters show 0001-0123456789abcdef --bank demo-bank
     """
     with only_json(as_json) as stream:
-        info = _registry(bank).info(version)
+        registry = _registry(bank)
+        info, parents = registry.info(version), registry.ancestors(version)
         if as_json:
-            print_json(_plain(info), stream)
+            print_json(_plain(info) | {"ancestors": parents}, stream)
             return
-    rows = [[name, value if isinstance(value, str) else json.dumps(value)] for name, value in info.card.items()]
-    out().print(table(f"Adapter {version}{' (live)' if info.live else ''}", ["", ""], rows))
+    told = info.lineage.to_json() | {"descends from": " ← ".join(parents) or "fresh weights"}
+    out().print(table(f"Adapter {version} ({info.state})", ["lineage", ""], _pairs(told)))
+    rest = {name: value for name, value in info.card.items() if name not in _SHOWN}
+    out().print(table(None, ["card", ""], _pairs(rest)))
 
 
 @adapters.command("promote")
@@ -71,11 +82,13 @@ def promote_adapter(version: str, reason: str, bank: str, as_json: bool) -> None
     Example: mbc adapters promote 0001-0123456789abcdef --bank demo-bank --reason "better on our questions"
     """
     with only_json(as_json) as stream:
+        began = time.perf_counter()
         _registry(bank).promote(version, reason)
+        seconds = round(time.perf_counter() - began, 3)
         if as_json:
-            print_json({"live": version, "reason": reason}, stream)
+            print_json({"live": version, "reason": reason, "seconds": seconds}, stream)
             return
-    note(f"adapter {version} is live")
+    note(f"adapter {version} is live ({seconds:.2f} s)")
 
 
 @adapters.command("rollback")
@@ -89,17 +102,20 @@ def rollback_adapter(base: str | None, reason: str, bank: str, as_json: bool) ->
     Example: mbc adapters rollback --bank demo-bank
     """
     with only_json(as_json) as stream:
+        began = time.perf_counter()
         registry = _registry(bank)
         live = registry.rollback(_base_digest(registry, base), reason)
+        seconds = round(time.perf_counter() - began, 3)
         if as_json:
-            print_json({"live": live, "reason": reason}, stream)
+            print_json({"live": live, "reason": reason, "seconds": seconds}, stream)
             return
-    note(f"adapter {live} is live again" if live else "the adapter that comes with the release is used again")
+    told = f"adapter {live} is live again" if live else "the adapter that comes with the release is used again"
+    note(f"{told} ({seconds:.2f} s)")
 
 
 def _base_digest(registry: AdapterRegistry, start: str | None) -> str:
     """The one base model that is meant."""
-    known = sorted({info.base_digest for info in registry.list()})
+    known = registry.promoted_bases()
     meant = [digest for digest in known if digest.startswith(start or "")]
     if len(meant) != 1:
         raise UsageError(
@@ -112,17 +128,28 @@ def _base_digest(registry: AdapterRegistry, start: str | None) -> str:
 
 
 def _plain(info: AdapterInfo) -> dict[str, Any]:
-    return {"version": info.version, "base_digest": info.base_digest, "live": info.live, "card": info.card}
+    told = {"version": info.version, "base_digest": info.base_digest, "live": info.live, "state": info.state}
+    return told | {"lineage": info.lineage.to_json(), "card": info.card}
 
 
-def _scores(card: dict[str, Any]) -> list[str]:
-    """Before and after as short texts; – where the card has none."""
-    texts = []
-    for name in _FIGURES:
-        found = card.get(name)
-        known = found if isinstance(found, dict) else {}
-        texts.append(", ".join("–" if known.get(one) is None else f"{known[one]:.1f}" for one in ("new_f1", "old_f1")))
-    return texts
+def _row(info: AdapterInfo) -> list[str]:
+    """One line of the list; – where the card does not tell."""
+    from_card = info.lineage
+    made, parent = str(info.card.get("created_at") or "–")[:10], from_card.parent or "–"
+    state = "" if info.state == "candidate" else info.state
+    decision = from_card.reason or from_card.sentence or "–"
+    if from_card.promote and info.state == "candidate":
+        decision = "passed, not promoted"
+    scores = [f"{_f1(from_card.before[name])} → {_f1(from_card.after[name])}" for name in ("new_f1", "old_f1")]
+    return [info.version, state, made, parent.split("-")[0], decision, *scores, info.base_digest[:12]]
+
+
+def _f1(score: float | None) -> str:
+    return "–" if score is None else f"{score:.1f}"
+
+
+def _pairs(told: Mapping[str, Any]) -> list[list[str]]:
+    return [[name, value if isinstance(value, str) else json.dumps(value)] for name, value in told.items()]
 
 
 def _registry(bank: str) -> AdapterRegistry:

@@ -69,7 +69,7 @@ def ask(
 
         device = resolve_device(device)
         named = defaults.language_model(model, device=device) if model else None
-        reader = Reader(bank, language_model=named, adapter=adapter, as_of=as_of, device=device)
+        reader = Reader(bank, language_model=named, adapter=adapter, as_of=as_of, device=device, warn=note)
         answers = [answer.to_json() for answer in reader.ask_many(questions, k=k, read=read)]
         if read == "recall" and not any(answer["sources"] for answer in answers):
             note(f"{_nothing_held(as_of)}: what is answered comes from the language model alone")

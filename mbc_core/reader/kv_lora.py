@@ -171,6 +171,19 @@ def load_adapter(model: HfModel, folder: Path, *, base_digest: str | None = None
         DamagedFile: a file is missing or cannot be read, or weights are missing, unexpected or of another shape.
         ModelError: the adapter belongs to another base model.
     """
+    weights, config = read_adapter(folder, base_digest)
+    adapted = add_kv_lora(model, config)
+    set_adapter_state(adapted, weights, str(folder))
+    return adapted, config
+
+
+def read_adapter(folder: Path, base_digest: str | None = None) -> tuple[dict[str, Tensor], KVLoraConfig]:
+    """The adapter of ``folder``, on no model yet: its weights by peft's names (float32), and its size.
+
+    Raises:
+        DamagedFile: a file is missing or cannot be read.
+        ModelError: the adapter belongs to another base model than ``base_digest``.
+    """
     weights, config, made_for = _read(folder)
     if base_digest is not None and made_for != base_digest:
         raise ModelError(
@@ -179,9 +192,7 @@ def load_adapter(model: HfModel, folder: Path, *, base_digest: str | None = None
             cause=f"this model's digest is {base_digest[:12]}",
             fix="load the model it was trained for, or train one with `mbc train reader` or `mbc adapt`",
         )
-    adapted = add_kv_lora(model, config)
-    set_adapter_state(adapted, weights, str(folder))
-    return adapted, config
+    return weights, config
 
 
 def adapter_base(folder: Path) -> str:
