@@ -15,12 +15,13 @@ from mbc_core.errors import UsageError
 from mbc_core.paper.config import PaperConfig
 from mbc_core.paper.files import WEIGHTS_FILE, save_paper_model
 from mbc_core.paper.model import PaperModel
-from mbc_core.reader.language_model import HfModel, LanguageModel, load_language_model
+from mbc_core.reader.language_model import LanguageModel, load_language_model
 from mbc_core.reader.prompt import PromptFormat
 from mbc_core.training.paper import PaperTrainer, paper_card, read_curve, require_shippable, train_paper
 from mbc_core.training.paper_batches import OnDevice
 from mbc_core.training.paper_data import PaperData
 from mbc_core.training.paper_eval import CodeSet, code_set, evaluate_paper
+from mbc_core.training.paper_files import sentence_encoder
 from mbc_core.training.paper_ranks import Ranks
 from mbc_core.training.paper_run import PaperRun
 
@@ -190,17 +191,6 @@ def build_model(told: PaperOptions, base: LanguageModel) -> PaperModel:
     words = Codebook.from_bytes(told.codebook_file.read_bytes(), str(told.codebook_file)).codewords
     config = replace(config, codewords=len(words))
     return PaperModel(config, base, codewords=torch.from_numpy(words).to(base.device))
-
-
-def sentence_encoder(folder: Path, device: torch.device) -> HfModel:
-    """A sentence encoder's own weights, float32, without pooler."""
-    from transformers import AutoModel
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    model = AutoModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-    model.pooler = None  # never read
-    return model.to(device)
 
 
 def question_embeddings(data: PaperData, folder: Path, device: torch.device) -> NDArray[Any]:

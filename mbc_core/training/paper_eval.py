@@ -29,7 +29,7 @@ from mbc_core.training.paper_data import PaperData, as_lists
 from schemas.results import EvalRow
 
 _ENCODE_TOKENS = 65_536
-_ANSWER_TOKENS = {"cuda": 32_768, "cpu": 4_096}
+_GPU_TOKENS, _CPU_TOKENS = 32_768, 4_096
 _FLOAT_BANK = 64
 """Largest bank of float vectors that is drawn for each question by itself; codes are counted, floats cannot be."""
 
@@ -131,6 +131,11 @@ def evaluate_paper(
     return rows
 
 
+def answer_tokens(device: torch.device, *, floats: bool) -> int:
+    """Prompt tokens answered at once: a bank of floats has its keys and values copied for every question."""
+    return _GPU_TOKENS if device.type == "cuda" and not floats else _CPU_TOKENS
+
+
 def small_banks(right: Int64, passages: int, size: int, seed: int) -> Int64:
     """For each question the passage that answers and ``size - 1`` distinct others: int64 [questions, size]."""
     made = np.empty((len(right), size), dtype=np.int64)
@@ -165,7 +170,7 @@ class _Asker:
         began = time.perf_counter()
         predictions = answer_prompts(
             language_model, self.form, prompts, prefixes=prefixes,
-            batch_tokens=_ANSWER_TOKENS.get(language_model.device.type, 4_096),
+            batch_tokens=answer_tokens(language_model.device, floats=not self.model.config.quantize),
         )  # fmt: skip
         spent = 1e3 * (time.perf_counter() - began) / max(1, len(prompts))
         accepted = [self.data.accepted[place] for place in self.chosen.tolist()]

@@ -183,7 +183,7 @@ def _paper(base: LanguageModel, told: dict[str, Any], folder: Path, name: str, *
     from mbc_core.training.paper_method import PaperMethod
 
     encoder = told["encoder"]
-    return PaperMethod(base, folder, name=name, shuffled=shuffled, device=base.device, encoder_folder=encoder)
+    return PaperMethod(base, folder, name=name, shuffled=shuffled, encoder_folder=encoder)
 
 
 def _tuning(base: LanguageModel, closed: Path, kind: str, rate: float) -> OnlineTuning:
