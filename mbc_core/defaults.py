@@ -27,6 +27,7 @@ LEXICON = "lexicon.json.gz"
 SALIENCE = "salience.safetensors"
 ROTATION = "rotation.safetensors"
 READER = "reader"
+ATTEND = "attend"
 _CARDS = {LEXICON: "lexicon.card.json"}
 """Cards that are not named like their file; a card holds the file's digest."""
 
@@ -174,6 +175,20 @@ def reader_adapter() -> Path | None:
     if not path.exists():
         return None
     _check_digest(path / "adapter_model.safetensors", path / "card.json")
+    return path
+
+
+def attend_weights(*, given: Path | None = None) -> Path | None:
+    """Folder of the weights that the read `attend` uses: the one given, or the shipped one; None when there is none.
+
+    Raises:
+        DamagedFile: the shipped weights are not those that their card describes.
+    """
+    path = given or weights.path(ATTEND)
+    if not path.exists():
+        return None
+    if given is None:
+        _check_digest(path / "projector.safetensors", path / "card.json")
     return path
 
 

@@ -120,6 +120,11 @@ class RecallIndex:
             )
         return cls(engines, rows, rotation, slots, query_map)
 
+    @property
+    def rotation(self) -> Rotation:
+        """R, which the codes were made with."""
+        return self._rotation
+
     def __len__(self) -> int:
         return sum(len(engine) for engine in self._engines)
 

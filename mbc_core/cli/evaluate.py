@@ -61,6 +61,7 @@ class Options:
     adapter: Path | None
     rival_text: Path | None
     rival_closed: Path | None
+    attend: Path | None
     against: tuple[str, ...]
     float_search: bool
     write_reads: Path | None
@@ -150,6 +151,7 @@ def make(build: MakeBuilder | None) -> click.Command:
     )
     @click.option("--rival-text", type=_FOLDER, help="Adapter trained equally on full text.")
     @click.option("--rival-closed", type=_FOLDER, help="Adapter trained equally without memory.")
+    @click.option("--attend", type=_FOLDER, help="Weights of the read attend (default: the shipped ones).")
     @click.option(
         "--against", multiple=True, metavar="READ", help="Compare with this row (default: closed book, text)."
     )
@@ -268,6 +270,7 @@ def _answer(sheet: Sheet, told: Options) -> dict[str, Any]:
         "adapter": name,
         "rival_text": str(told.rival_text) if told.rival_text else None,
         "rival_closed": str(told.rival_closed) if told.rival_closed else None,
+        "attend": str(told.attend) if told.attend else "shipped" if adapters.attend else None,
         "device": told.device,
         "bootstrap_seed": told.seed,
     }
@@ -293,14 +296,38 @@ def _adapters(base: LanguageModel, told: Options) -> Iterator[tuple[Adapters, st
         shipped = defaults.reader_adapter()
         if own is None and shipped is not None and adapter_base(shipped) == base.digest:
             own, name = shipped, "shipped"
-        yield Adapters(own, told.rival_closed, told.rival_text), name
+        yield Adapters(own, told.rival_closed, told.rival_text, _attend(base, told)), name
+
+
+def _attend(base: LanguageModel, told: Options) -> Path | None:
+    """Weights of the read attend: given, or shipped for this language model; missing ones are an error when named."""
+    from mbc_core import defaults, weights
+    from mbc_core.reader.attend import PROJECTOR_FILE, load_projector
+
+    found = defaults.attend_weights(given=told.attend)
+    named = told.attend is not None or any(READS[read].adapter == "attend" for read in told.reads)
+    if found is None and not named:
+        return None
+    path = (found or weights.path(defaults.ATTEND)) / PROJECTOR_FILE
+    belongs = load_projector(path).base_digest == base.digest
+    if named and not belongs:
+        load_projector(path, base_digest=base.digest)  # says whose they are
+    return path.parent if belongs else None
 
 
 def _reads(told: Options) -> tuple[str, ...]:
     """The reads named; else all that can be answered, or could be on another machine."""
     if told.reads:
         return told.reads
-    given = {"own": True, "closed": told.rival_closed is not None, "text": told.rival_text is not None}
+    from mbc_core import defaults
+
+    attend = defaults.attend_weights(given=told.attend) is not None
+    given = {
+        "own": True,
+        "closed": told.rival_closed is not None,
+        "text": told.rival_text is not None,
+        "attend": attend,
+    }
     return tuple(name for name, kind in READS.items() if given[kind.adapter] or told.write_reads is not None)
 
 
@@ -315,6 +342,7 @@ def _check(told: Options, build: MakeBuilder | None) -> None:
     if told.retention and len(told.profiles) > 1:
         raise click.UsageError("--retention streams into one bank: name one profile.")
     rivals = {"closed": (told.rival_closed, "--rival-closed"), "text": (told.rival_text, "--rival-text")}
+    # attend's weights may be shipped; whether they are is told by name when they are loaded
     for read in told.reads if told.write_reads is None else ():
         folder, option = rivals.get(READS[read].adapter, (Path(), ""))
         if folder is None:

@@ -18,7 +18,10 @@ from numpy.typing import NDArray
 from mbc_core.errors import UsageError
 from mbc_core.evaluation.kept_answers import KeptAnswers, made_of
 from mbc_core.evaluation.metrics import exact_match, f1, prefix_match
-from mbc_core.evaluation.sheet import Adapter, Sheet, Shown
+from mbc_core.evaluation.sheet import READS, Adapter, Sheet, Shown
+from mbc_core.evaluation.shown_codes import ShownCodes
+from mbc_core.reader.attend import PROJECTOR_FILE, AttendProjector, load_projector
+from mbc_core.reader.attend_prompt import answer_attend
 from mbc_core.reader.generate import NEW_TOKENS, answer_prompts
 from mbc_core.reader.kv_lora import load_adapter
 from mbc_core.reader.language_model import LanguageModel
@@ -36,6 +39,7 @@ class Adapters:
     own: Path | None = None
     closed: Path | None = None
     text: Path | None = None
+    attend: Path | None = None
 
     def has(self, adapter: Adapter) -> bool:
         """Whether reads of this adapter can be answered."""
@@ -98,11 +102,12 @@ def answer_sheet(
     asking = (max_prompt, NEW_TOKENS, form.build(["a line"], "A question?", max_prompt).ids)
     for adapter in dict.fromkeys(one.adapter for one in chosen):
         with adapted(base, adapters.folder(adapter)) as model:
+            projector = _projector(sheet, base, adapters.attend) if adapter == "attend" else None
             for one in (one for one in chosen if one.adapter == adapter):
                 name = made_of(sheet, one, base.digest, adapters.folder(adapter), asking) if kept else ""
                 told = kept.get(name) if kept else None
                 if told is None:
-                    told = _answer(sheet, one, model, form, max_prompt, batch_tokens, progress)
+                    told = _answer(sheet, one, model, form, max_prompt, batch_tokens, progress, projector)
                     if kept is not None:
                         kept.add(name, label(one), told)
                 elif progress is not None:
@@ -150,14 +155,22 @@ def _answer(
     max_prompt: int,
     batch_tokens: int | None,
     progress: Callable[[int], None] | None,
+    projector: AttendProjector | None,
 ) -> dict[str, object]:
     """Predictions and what they cost, as they are kept."""
     room = min(max_prompt, model.context - NEW_TOKENS)
     asked = [sheet.questions[place] for place in shown.questions]
     began = time.perf_counter()
-    prompts = [form.build(lines, asked[place], room) for place, lines in enumerate(sheet.memory(shown))]
-    ids = [one.ids for one in prompts]
-    predictions = answer_prompts(model, form, ids, batch_tokens=batch_tokens, progress=progress)
+    if projector is not None and READS[shown.read].store == "address":
+        codes = ShownCodes.from_json(sheet.codes or {})
+        predictions, prompts = answer_attend(
+            model, projector, form, [codes.passages(lines) for lines in sheet.memory(shown)], asked,
+            codes.asked(shown.questions), max_tokens=room, batch_tokens=batch_tokens, progress=progress,
+        )  # fmt: skip
+    else:
+        prompts = [form.build(lines, asked[place], room) for place, lines in enumerate(sheet.memory(shown))]
+        ids = [one.ids for one in prompts]
+        predictions = answer_prompts(model, form, ids, batch_tokens=batch_tokens, progress=progress)
     spent = 1e3 * (time.perf_counter() - began) / len(asked)
     return {
         "predictions": predictions,
@@ -165,6 +178,14 @@ def _answer(
         "passages": float(np.mean([one.lines for one in prompts])),
         "generate_ms": spent,
     }
+
+
+def _projector(sheet: Sheet, base: LanguageModel, folder: Path | None) -> AttendProjector | None:
+    """The projector beside attend's adapter; None for a sheet that shows no codes."""
+    if folder is None or sheet.codes is None:
+        return None
+    encoder = str(sheet.codes.get("encoder", ""))
+    return load_projector(folder / PROJECTOR_FILE, base_digest=base.digest, encoder=encoder).projector
 
 
 def _scored(sheet: Sheet, shown: Shown, told: Mapping[str, object]) -> Answered:

@@ -16,6 +16,7 @@ from mbc_core.evaluation.bank_view import BankView, TextEncoder
 from mbc_core.evaluation.found import DEPTHS, nearest_by_float, recall_at
 from mbc_core.evaluation.qa_file import QaSet
 from mbc_core.evaluation.sheet import READS, Lines, Shown
+from mbc_core.evaluation.shown_codes import ShownCodes, address_lines
 from mbc_core.evaluation.shuffled import shuffled_rows
 from mbc_core.evaluation.stores import (
     Store,
@@ -125,6 +126,9 @@ class Asker:
         """
         deepest = max(self.wanted.ks)
         found, spent = self.search(view, deepest)
+        by_code, code_ms = found, spent
+        if view.has_words and any(READS[read].store == "address" for read in reads):
+            by_code, code_ms = self.search(view, deepest, rerank=False)  # it has no words to look again by
         stores = _Stores(view, texts)
         right = view.right[list(self.places)]
         shown = []
@@ -133,10 +137,11 @@ class Asker:
             ks = {"none": (0,), "right": (1,)}.get(kind.places, self.wanted.ks)
             for k in ks:
                 rows: list[list[int]] = [[] for _ in self.places]
+                by_address = kind.store == "address"
                 if kind.places == "right":
                     rows = [[row] if row >= 0 else [] for row in right.tolist()]
                 elif kind.places != "none":
-                    rows = found[:, :k].tolist()
+                    rows = (by_code if by_address else found)[:, :k].tolist()
                 if kind.places == "shuffled":
                     answering = view.right_document[list(self.places)]
                     rows = shuffled_rows(rows, view.documents, answering, self.wanted.seed)
@@ -145,15 +150,26 @@ class Asker:
                 shown.append(
                     Shown(
                         read,
-                        view.profile if kind.by_profile else "-" if kind.store is None else "text",
+                        _profile(view, read),
                         k,
                         list(self.places),
                         [self.lines.places(line(row) for row in one) for one in rows],
-                        size + (code_size(view.slots) if searched else 0.0),
-                        spent if searched else 0.0,
+                        size + (code_size(view.slots) if searched or by_address else 0.0),
+                        (code_ms if by_address else spent) if searched else 0.0,
                     )
                 )
         return shown
+
+    def shown_codes(self, view: BankView) -> ShownCodes:
+        """What reads of ``view`` by address codes are decoded with."""
+        return ShownCodes.of(view.memory, self.places, self._questions[0])
+
+
+def _profile(view: BankView, read: str) -> str:
+    kind = READS[read]
+    if kind.store == "address":
+        return f"T{view.slots}"
+    return view.profile if kind.by_profile else "-" if kind.store is None else "text"
 
 
 class _Stores:
@@ -170,7 +186,7 @@ class _Stores:
         if name not in self._made:
             self._made[name] = self._make(name)
         store = self._made[name]
-        if name == "words":
+        if name in ("words", "address"):
             return store.line, store.bytes_per_passage
 
         def line(row: int) -> str:
@@ -185,6 +201,9 @@ class _Stores:
         if name == "words":
             said = view.memory.words(np.arange(len(view.texts)))
             return Store(lambda row: said[row], float(np.mean(sizes)) if sizes else 0.0)
+        if name == "address":
+            lines = address_lines(view.memory)
+            return Store(lambda row: lines[row], 0.0)
         if name == "text":
             return text_store(view.texts, self._texts["zstd_dictionary"] if self._texts is not None else 0.0)
         if name == "truncated":

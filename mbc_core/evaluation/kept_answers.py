@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from mbc_core.errors import StorageError
-from mbc_core.evaluation.sheet import Sheet, Shown
+from mbc_core.evaluation.sheet import READS, Sheet, Shown
 
 
 class KeptAnswers:
@@ -70,6 +70,9 @@ def made_of(sheet: Sheet, shown: Shown, base_digest: str, adapter: Path | None, 
     digest = hashlib.sha256()
     parts = (asdict(shown), [sheet.questions[place] for place in shown.questions], sheet.memory(shown))
     digest.update(json.dumps([*parts, base_digest, list(asking)], default=str).encode())
-    for file in sorted(adapter.glob("adapter_*")) if adapter is not None else ():
+    if READS[shown.read].store == "address":
+        digest.update(json.dumps(sheet.codes, sort_keys=True).encode())
+    files = [] if adapter is None else [*adapter.glob("adapter_*"), *adapter.glob("projector.*")]
+    for file in sorted(files):
         digest.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()

@@ -18,8 +18,8 @@ from mbc_core.errors import DamagedFile, StorageError
 
 FORMAT = "mbc-question-sheet-1"
 
-Adapter = Literal["own", "closed", "text"]
-"""Which adapter answers: the one under test, or one trained equally without memory or on full text."""
+Adapter = Literal["own", "closed", "text", "attend"]
+"""Which adapter answers: the one under test, one trained equally without memory or on full text, or attend's own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class ReadKind:
     Attributes:
         says: one line for people.
         store: how the passages are kept: ``words`` (the bank's codes), ``text``, ``text-codes``, ``truncated``,
-            ``first-words``, or None for nothing at all.
+            ``first-words``, ``address`` (codes read as vectors), or None for nothing at all.
         places: whose passages: ``found`` by address code, the ``right`` one, ``shuffled``, or ``none``.
         adapter: who answers.
     """
@@ -58,6 +58,10 @@ READS: dict[str, ReadKind] = {
     "right": ReadKind("word codes of the passage that answers", "words", "right"),
     "right-text": ReadKind("full text of the passage that answers", "text", "right"),
     "right-text-equal": ReadKind("the same, the adapter trained on full text", "text", "right", "text"),
+    "attend-closed": ReadKind("attend's adapter, memory off", None, "none", "attend"),
+    "attend-shuffled": ReadKind("address codes of another document at each place", "address", "shuffled", "attend"),
+    "attend": ReadKind("address codes of the passages found, read as vectors", "address", "found", "attend"),
+    "attend-right": ReadKind("address codes of the passage that answers", "address", "right", "attend"),
 }
 """Every read of ``mbc eval``, in the order of its table."""
 
@@ -101,6 +105,7 @@ class Sheet:
         lines: every distinct memory line.
         shown: the reads.
         figures: what the banks told while it was made: recall, sizes, settings; JSON values.
+        codes: what lines of addresses are decoded with (:mod:`mbc_core.evaluation.shown_codes`); None without such.
     """
 
     questions: list[str]
@@ -108,6 +113,7 @@ class Sheet:
     lines: list[str]
     shown: list[Shown]
     figures: dict[str, Any] = field(default_factory=dict)
+    codes: dict[str, Any] | None = None
 
     def memory(self, shown: Shown) -> list[list[str]]:
         """The memory lines of each of the read's questions."""
@@ -135,7 +141,10 @@ def save_sheet(path: Path, sheet: Sheet) -> None:
     Raises:
         StorageError: the file cannot be written.
     """
-    data = gzip.compress(json.dumps({"format": FORMAT, **asdict(sheet)}, ensure_ascii=False).encode(), mtime=0)
+    told = {"format": FORMAT, **asdict(sheet)}
+    if sheet.codes is None:
+        del told["codes"]  # as releases without it write and read it
+    data = gzip.compress(json.dumps(told, ensure_ascii=False).encode(), mtime=0)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         staging = path.with_name(f".{path.name}.writing")
@@ -181,6 +190,8 @@ def _require_whole(sheet: Sheet) -> None:
     for one in sheet.shown:
         if one.read not in READS or len(one.questions) != len(one.lines):
             raise ValueError(f"the read {one.read!r} is unknown or not whole")
+        if READS[one.read].store == "address" and sheet.codes is None:
+            raise ValueError(f"the read {one.read!r} lacks the codebooks")
         if max(one.questions, default=0) >= len(sheet.questions):
             raise ValueError(f"the read {one.read!r} names a question that is not there")
         if max((place for places in one.lines for place in places), default=0) >= max(1, len(sheet.lines)):

@@ -23,6 +23,7 @@ from mbc_core.errors import DamagedFile, IncompatibleBank, ModelError
 
 PROJECTOR_FILE = "projector.safetensors"
 FORMAT = "mbc-attend/1"
+_METADATA = "mbc"
 _FEATURES = 3
 """x̂·q, cos(x̂, q) and |x̂|: how well the passage was found, and how well it was quantized."""
 
@@ -152,7 +153,7 @@ def save_projector(path: Path, projector: AttendProjector, *, base_digest: str, 
 
     told = {
         "format": FORMAT,
-        "config": json.dumps(asdict(projector.config), sort_keys=True),
+        "config": asdict(projector.config),
         "base_digest": base_digest,
         "encoder": encoder_model(encoder),
         "rotation": rotation,
@@ -160,7 +161,8 @@ def save_projector(path: Path, projector: AttendProjector, *, base_digest: str, 
     tensors = {name: value.detach().half().contiguous().cpu() for name, value in projector.state_dict().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = path.with_name(f".{path.name}.writing")
-    staging.write_bytes(save(tensors, metadata=told))
+    # one entry: several would be written in any order
+    staging.write_bytes(save(tensors, metadata={_METADATA: json.dumps(told, sort_keys=True)}))
     staging.replace(path)
 
 
@@ -195,7 +197,7 @@ def load_projector(path: Path, *, base_digest: str | None = None, encoder: str |
         )
     weights, told = _read(path)
     try:
-        projector = AttendProjector(AttendConfig(**json.loads(told["config"])))
+        projector = AttendProjector(AttendConfig(**told["config"]))
         projector.load_state_dict({name: value.float() for name, value in weights.items()})
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise _damaged(path, error) from error
@@ -224,7 +226,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
 
     try:
         with safe_open(path, "pt") as file:
-            told = dict(file.metadata() or {})
+            told = json.loads((file.metadata() or {}).get(_METADATA, "{}"))
             if told.get("format") != FORMAT:
                 raise ValueError(f"its format is {told.get('format')!r}, not {FORMAT!r}")
             return {name: file.get_tensor(name) for name in file.keys()}, told  # noqa: SIM118 (no mapping)

@@ -135,7 +135,7 @@ def train_attend(
     device, form = language_model.device, PromptFormat(language_model.tokenizer)
     made = attend_source(
         data.split("train"), lexicon, form, codebooks, rotation, run.shown, run.soft_tokens, run.variants,
-        language_model.pad_id, encoder=encoder, needs_vectors=run.question and not run.closed,
+        language_model.pad_id, encoder=None if run.closed else encoder, needs_vectors=run.question and not run.closed,
         cloze_each=run.cloze_each, seed=run.seed, device=device, say=say,
     )  # fmt: skip
     held_out = attend_source(

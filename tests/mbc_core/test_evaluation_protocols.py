@@ -56,7 +56,8 @@ def test_every_read_is_there_once_a_profile_and_k(sheet):
     rows = {(shown.read, shown.profile, shown.k) for shown in sheet.shown}
     assert len(rows) == len(sheet.shown)
     for read, kind in READS.items():
-        profiles = ("compact", "default", "rich") if kind.by_profile else ("-" if kind.store is None else "text",)
+        once = {None: "-", "address": f"T{SLOTS}"}.get(kind.store, "text")
+        profiles = ("compact", "default", "rich") if kind.by_profile else (once,)
         ks = {"none": (0,), "right": (1,)}.get(kind.places, (3, 1))
         assert {row for row in rows if row[0] == read} == {(read, profile, k) for profile in profiles for k in ks}
     assert [shown.read for shown in sheet.shown] == sorted((shown.read for shown in sheet.shown), key=list(READS).index)
@@ -162,7 +163,7 @@ def test_the_same_seed_gives_the_same_sheet(sheet, memories, tmp_path):
     again = sheet_of_banks(QA, memories, ENCODER, Wanted(ks=(3, 1), seed=5))
     for name, made in (("a", sheet), ("b", again)):
         timeless = [Shown(**{**_fields(shown), "recall_ms": 0.0}) for shown in made.shown]
-        save_sheet(tmp_path / name, Sheet(made.questions, made.answers, made.lines, timeless, made.figures))
+        save_sheet(tmp_path / name, Sheet(made.questions, made.answers, made.lines, timeless, made.figures, made.codes))
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     assert load_sheet(tmp_path / "a").lines == sheet.lines
     other = sheet_of_banks(QA, memories, ENCODER, Wanted(ks=(3,), seed=6))
@@ -185,6 +186,7 @@ def test_a_profile_without_words_is_searched_and_read_as_text_only(tmp_path):
     made = sheet_of_banks(QA, {"paper": memory}, ENCODER, Wanted(ks=(2,)))
     assert {shown.read for shown in made.shown} == {
         "closed", "closed-equal", "text", "text-equal", "right-text", "right-text-equal",
+        "attend-closed", "attend-shuffled", "attend", "attend-right",
     }  # fmt: skip
     assert made.figures["texts"]["codes"] is None
 
