@@ -18,11 +18,11 @@ GRID = (
     Choices(),
     Choices(lr=1e-4),
     Choices(steps=80),
-    Choices(cloze_share=0.0),
     Choices(as_read=1.0),
+    Choices(cloze_share=0.0),
+    Choices(steps=80, lr=7e-4),
     Choices(steps=20),
     Choices(old_share=0.25),
-    Choices(steps=80, lr=7e-4),
 )
 """Around the first one, one or two things changed at a time; the likeliest first, in case the time runs out."""
 
