@@ -161,7 +161,7 @@ class Aggregator(nn.Module):
 
     def _read(self, queries: Tensor, context: Tensor, counts: Tensor | None) -> Tensor:
         # The logarithm is taken in float32 at least: in bfloat16 the error at a count of 10⁶ is 6%.
-        log_counts = None if counts is None else counts.to(torch.float32).log()
+        log_counts = None if counts is None else counts.to(_precise(queries)).log()
         for block in self.blocks:
             queries = block(queries, context, log_counts)
         return queries
@@ -204,7 +204,7 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, log_counts: Tensor | N
         )
         return found
     bias = log_counts[:, None, None, :] if log_counts.dim() == 2 else log_counts
-    logits = (query @ key.transpose(-1, -2)).float() * query.shape[-1] ** -0.5 + bias
+    logits = (query @ key.transpose(-1, -2)).to(_precise(query)) * query.shape[-1] ** -0.5 + bias
     weighted: Tensor = logits.softmax(-1).to(value.dtype) @ value
     return weighted
 
@@ -221,6 +221,10 @@ def hierarchy_distance(
     exact = aggregator(queries, histogram_memory([(codewords, code_counts(indices, len(codewords)))]))
     grouped = aggregator.hierarchical(queries, codewords, indices, group)
     return float((grouped - exact).norm() / exact.norm())
+
+
+def _precise(states: Tensor) -> torch.dtype:
+    return torch.promote_types(states.dtype, torch.float32)
 
 
 def _require_entries(memory: Memory) -> None:
