@@ -7,11 +7,13 @@
     python -m tests.bench.bench_paper tune --data DATA --lm LM --closed ADAPTER --out tuned.json
     # GPU: every method on every set; rows of one keep file may be made by several processes and put together with cat
     python -m tests.bench.bench_paper run --data DATA --lm LM --closed ADAPTER --text ADAPTER --tuned tuned.json \\
-        --paper mbc-learned-t12=FOLDER --paper mbc-address-t24=FOLDER --paper mac-t12=FOLDER --paper-closed FOLDER \\
+        --paper-closed learned-closed=FOLDER --paper-closed address-closed=FOLDER \\
+        --paper mbc-learned-t12=FOLDER,learned-closed --paper mbc-address-t24=FOLDER,address-closed \\
+        --paper mac-t12=FOLDER,learned-closed --encoder MINILM \\
         --keep answers.jsonl --json report.json --markdown report.md
 
-CaMeLS, the paper's other online baseline, is left out: it meta-learns a second language model's token weights through
-gradient steps of the first, for days, and by its authors' and the paper's account does not fit a larger model.
+CaMeLS, the paper's other online baseline, is left out: it meta-learns a second language model that weighs tokens, by
+differentiating through the first one's gradient steps, which is a training larger than all others here together.
 """
 
 from __future__ import annotations
@@ -111,8 +113,14 @@ def tune_command(
 @_LM
 @click.option("--closed", type=_FOLDER, help="KV-LoRA trained on questions without memory.")
 @click.option("--text", type=_FOLDER, help="KV-LoRA trained equally on full text.")
-@click.option("--paper", "papers", multiple=True, metavar="NAME=FOLDER", help="A model of `mbc train paper`.")
-@click.option("--paper-closed", type=_FOLDER, help="The paper's model trained equally without memory.")
+@click.option(
+    "--paper",
+    "papers",
+    multiple=True,
+    metavar="NAME=FOLDER[,CLOSED]",
+    help="A model of `mbc train paper`, and the --paper-closed that was trained equally.",
+)
+@click.option("--paper-closed", multiple=True, metavar="NAME=FOLDER", help="The paper's model trained without memory.")
 @click.option("--encoder", type=_FOLDER, help="Folder of the sentence encoder, for learned codes.")
 @click.option("--tuned", type=_GIVEN, multiple=True, help="What `tune` wrote; repeatable.")
 @click.option("--k", default=5, show_default=True, help="Passages of full text.")
@@ -165,18 +173,27 @@ def _methods(base: LanguageModel, told: dict[str, Any]) -> Iterator[tuple[Method
 
 
 def _papers(base: LanguageModel, told: dict[str, Any]) -> Iterator[tuple[Method, Controls]]:
-    """Each of the paper's models over its own bank and over the bank of other documents, after their closed book."""
-    closed = "closed"
-    if told["paper_closed"] is not None:
-        closed = "paper-closed"
-        yield _paper(base, told, told["paper_closed"], closed), Controls()
-    for given in told["papers"]:
-        name, equals, folder = given.partition("=")
-        if not equals or not Path(folder).is_dir():
-            raise click.BadParameter(f"{given!r} is not NAME=FOLDER with an existing folder", param_hint="--paper")
-        other = f"{name}, shuffled bank"
-        yield _paper(base, told, Path(folder), name), Controls(closed, other)
-        yield _paper(base, told, Path(folder), other, shuffled=True), Controls(closed)
+    """The paper's models over their own bank and over the bank of other documents, after their closed books."""
+    closed = {name: Path(folder) for name, folder, _ in map(_named, told["paper_closed"])}
+    models = [_named(given) for given in told["papers"]]
+    unknown = [book for _, _, book in models if book and book not in closed]
+    if unknown:
+        raise click.BadParameter(f"{unknown} is not the NAME of a --paper-closed", param_hint="--paper")
+    for name, folder in closed.items():
+        yield _paper(base, told, folder, name), Controls()
+    for name, folder, book in models:
+        held, other = book or "closed", f"{name}, shuffled bank"
+        yield _paper(base, told, folder, name), Controls(held, other)
+        yield _paper(base, told, folder, other, shuffled=True), Controls(held)
+
+
+def _named(given: str) -> tuple[str, Path, str]:
+    """``NAME=FOLDER`` or ``NAME=FOLDER,CLOSED`` → its parts; the last is empty when it is not there."""
+    name, equals, rest = given.partition("=")
+    folder, _, book = rest.partition(",")
+    if not equals or not name or not Path(folder).is_dir():
+        raise click.BadParameter(f"{given!r} does not name an existing folder", param_hint="--paper")
+    return name, Path(folder), book
 
 
 def _paper(base: LanguageModel, told: dict[str, Any], folder: Path, name: str, *, shuffled: bool = False) -> Method:

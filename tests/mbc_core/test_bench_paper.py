@@ -93,9 +93,10 @@ def test_rates_are_tuned_and_every_method_runs_and_goes_on_from_its_answers(data
     assert (tmp_path / "r.md").read_text() in shown.output
 
 
-def test_a_wrong_paper_folder_is_named(data, lm):
-    result = CliRunner().invoke(main, ["run", "--data", str(data), "--lm", str(lm), "--paper", "mbc=/nowhere"])
-    assert result.exit_code == 2 and "mbc=/nowhere" in result.output
+def test_a_wrong_paper_folder_or_closed_book_is_named(data, lm, tmp_path):
+    for given, said in (("mbc=/nowhere", "mbc=/nowhere"), (f"mbc={tmp_path},gone", "gone"), ("mbc", "existing folder")):
+        result = CliRunner().invoke(main, ["run", "--data", str(data), "--lm", str(lm), "--paper", given])
+        assert result.exit_code == 2 and said in result.output
 
 
 def test_samples_are_whole_documents_drawn_by_the_seed(data):
