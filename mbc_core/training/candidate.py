@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mbc_core.errors import DamagedFile, LostRace, UsageError
+from mbc_core.errors import DamagedFile, UsageError
 from mbc_core.training.gate import Decision, GateRule, PerQuestion, decide, mean_scores
 from mbc_core.training.set_file import JUDGED
 from schemas.results import AddResult
@@ -152,15 +152,8 @@ def _decide(bank: Bank, found: CandidateFolder, rule: GateRule) -> Decision:
 
 def _promote(registry: AdapterRegistry, version: str, found: CandidateFolder, decision: Decision) -> None:
     """Promote unless another adapter went live since the one it was compared with."""
-    live, start = registry.live(found.base_digest), found.card.get("started_from")
-    if live != (start if start != _SHIPPED else None):
-        raise LostRace(
-            f"candidate {version} passed the gate, but was not compared with the adapter that is live",
-            value=live,
-            cause=f"it started from {start}; another job was quicker, or it was trained from another folder",
-            fix="adapt again: it stays a candidate, and `mbc adapters promote` makes it live by hand",
-        )
-    registry.promote(version, decision.sentence)
+    start = found.card.get("started_from")
+    registry.promote(version, decision.sentence, expected=None if start == _SHIPPED else start)
 
 
 def _require_same_bank(bank: Bank, found: CandidateFolder) -> None:
