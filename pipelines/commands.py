@@ -1,15 +1,14 @@
-"""`mbc ingest` and `mbc adapt`: the same jobs as ``python -m pipelines.ingest`` and ``python -m pipelines.adapt``."""
+"""`mbc ingest`: the same job as ``python -m pipelines.ingest``."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import click
 from rich.console import Console
 
-from mbc_core.cli.options import bank_option, device_option, json_option, profile_option, seed_option, window_option
+from mbc_core.cli.options import bank_option, device_option, json_option, profile_option, window_option
 from mbc_core.cli.output import note, only_json, out, print_json, table
 
 INGEST_HELP = """Read documents into a bank: encode, quantize, update the codebook, write.
@@ -114,60 +113,6 @@ def ingest(
             print_json(result, stdout)
             return
     show_ingest(result, out())
-
-
-@click.command()
-@bank_option
-@click.option("--steps", type=click.IntRange(1), help="Training steps.")
-@click.option("--minutes", type=click.FloatRange(0.01), help="Training time; with --steps, whichever comes first.")
-@click.option("--lm", metavar="NAME", help="Another language model: a folder or a Hugging Face name.")
-@click.option("--gguf", metavar="FILE", help="Name of the GGUF file inside the folder of --lm.")
-@click.option(
-    "--adapter",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Folder of the adapter to start from, as `mbc train reader` writes it (default: the bank's live one).",
-)
-@seed_option
-@device_option
-@json_option
-def adapt(
-    bank: str,
-    steps: int | None,
-    minutes: float | None,
-    lm: str | None,
-    gguf: str | None,
-    adapter: Path | None,
-    seed: int,
-    device: str,
-    as_json: bool,
-) -> None:
-    """Refresh the reader's adapter against what the bank recalls now, and promote it if it is better.
-
-    Example: mbc adapt --bank my-bank --minutes 10
-    """
-    with only_json(as_json) as stream:
-        from pipelines.adapt import named_model, run_adapt, run_of
-
-        named = named_model(lm, gguf, device)
-        run = run_of(steps, minutes, seed)
-        result = run_adapt(bank, run, device=device, language_model=named, adapter=adapter, say=note)
-        if as_json:
-            print_json(result, stream)
-            return
-    show_adapt(result, out())
-
-
-def show_adapt(result: Mapping[str, Any], console: Console) -> None:
-    """Before, after, and what became of the candidate."""
-    before, after = result["before"], result["after"]
-    rows = [
-        [f"held-out questions about {name} documents", f"{before[key]:.1f}", f"{after[key]:.1f}"]
-        for name, key in (("new", "new_f1"), ("old", "old_f1"))
-    ]
-    console.print(table(None, ["F1", "before", "after"], rows))
-    fate = "promoted, it is live now" if result["promoted"] else "not promoted, the adapter before it stays live"
-    console.print(f"Adapter {result['candidate']}: {result['steps']} steps in {result['seconds']:.0f} s; {fate}.")
-    console.print(f"Reason: {result['reason']}", markup=False)
 
 
 def show_ingest(result: Mapping[str, Any], console: Console) -> None:

@@ -85,6 +85,7 @@ def run_migrate(
     _require_empty(old, to, given)
     new = open_bank(to, given).bank
     tombstones = _carry_tombstones(old, new)
+    _carry_canary(old, new)
     records = _records(old, wanted, chosen)
     done = run_ingest([], to, given, show_progress=show_progress, records=records)
     _require_all(wanted, new, done)
@@ -273,6 +274,14 @@ def _carry_tombstones(old: Bank, new: Bank) -> int:
         for one in old.storage.list(folder):
             new.storage.write_new(one.path, old.storage.read_bytes(one.path))
     return len(load_tombstones(new))
+
+
+def _carry_canary(old: Bank, new: Bank) -> None:
+    """Copy the canary set that counts: its lines are text, so no other codebook or profile changes it."""
+    from mbc_core.canary import canary_files
+
+    for path in canary_files(old)[-1:]:
+        new.storage.write_new(path, old.storage.read_bytes(path))
 
 
 @dataclass(frozen=True, slots=True)

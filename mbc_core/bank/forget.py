@@ -81,7 +81,8 @@ def forget(bank: Bank, doc_ids: Iterable[str], say: Say | None = None) -> Forget
         say(f"rewriting {table}")
         done.add(table, _take_out(bank, table, wanted))
     settle_all(bank)
-    done.rows["canary"] = without_forgotten(bank, wanted.stones)
+    if rows := without_forgotten(bank, wanted.stones):
+        done.rows["canary"] = rows
     say("searching what waits for the next codebook, and files left over")
     done.add("statistics", _clean_statistics(bank, wanted.stones))
     done.files = delete_what_holds(bank, wanted.stones, wanted.mentions, wanted.keys.tolist(), done.replaced)

@@ -11,6 +11,7 @@ from tiny import POISON, RULE, SLOTS, codebook, corpus, settings, to_line, write
 
 from mbc_core.bank import Bank, register_codebook
 from mbc_core.bank.forget import forget
+from mbc_core.canary import CanaryRow, canary_files, load_canary, save_canary
 from mbc_core.errors import UsageError
 from pipelines import migrate as migrate_module
 from pipelines.ingest import run_ingest
@@ -48,6 +49,14 @@ def contents(bank: Bank) -> list[tuple[object, ...]]:
 def passages(bank: Bank) -> list[tuple[object, ...]]:
     names = ("key", "passage", "event_time", "window", "address", "words", "codebook_version")
     return [tuple(row[name] for name in names) for row in bank.passages().to_pylist()]
+
+
+def test_the_canary_set_that_counts_goes_with_the_bank(tmp_path):
+    old = make(tmp_path)
+    for number in range(2):
+        save_canary(old, [CanaryRow(f"Who is {number}?", "N", ("words",), (7,), 0, 7)])
+    _, new = move(tmp_path, str(tmp_path / "a.jsonl"))
+    assert canary_files(new) == canary_files(old)[-1:] and load_canary(new) == load_canary(old)
 
 
 def test_from_sources_the_new_bank_is_the_old_one_anew(tmp_path):
