@@ -20,9 +20,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from mbc_core import defaults
+from mbc_core import defaults, weights
 from mbc_core.bank import Bank
-from mbc_core.codes import Rotation, code_size
+from mbc_core.codes import Rotation, code_size, unpack
 from mbc_core.errors import DamagedFile, IncompatibleBank, UsageError
 from mbc_core.reader.live_adapter import CHECK_SECONDS, LiveAdapter, Warn
 from mbc_core.recall import Part, RecallIndex
@@ -32,11 +32,12 @@ from schemas.results import AskResult, Source
 if TYPE_CHECKING:
     from mbc_core.lexicon import Lexicon
     from mbc_core.query_map import QueryMap
+    from mbc_core.reader.attend_reader import AttendReader
     from mbc_core.reader.language_model import LanguageModel
     from mbc_core.reader.prompt import PromptFormat
     from schemas.manifest import Manifest
 
-READS = ("recall", "closed")
+READS = ("recall", "attend", "closed")
 _BATCH = 256  # questions answered by one adapter before another may be put on
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -181,6 +182,42 @@ class Memory:
         width = rows.shape[1]
         return [flat[place * width : (place + 1) * width] for place in range(len(questions))]
 
+    def recall_vectors(
+        self, questions: Sequence[str], k: int = 5
+    ) -> tuple[list[list[Recalled]], list[NDArray[np.float32]], NDArray[np.float32]]:
+        """The ``k`` best passages for each question by address alone, and what is read of them as vectors.
+
+        Returns:
+            the passages, best first; for each question x̂ of its passages, float32 [k, d]; the questions' own
+            embeddings, float32 [q, d].
+
+        Raises:
+            UsageError: an empty question, or k below 1.
+        """
+        _require_words(questions)
+        embeddings = self.encoder.encode_questions(questions)
+        scores, rows = self.search(embeddings, k)
+        found = self._recalled(rows.ravel(), scores.ravel())
+        starts = [place * rows.shape[1] for place in range(len(questions))]
+        passages = [found[start : start + rows.shape[1]] for start in starts]
+        vectors = self.vectors(rows.ravel()).reshape(*rows.shape, self.rotation.width)
+        return passages, list(vectors), embeddings
+
+    def vectors(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """x̂ of these rows, each by the codebook version that it names, float32 [rows, d]."""
+        from mbc_core.reader.attend import passage_vectors
+
+        found = np.zeros((len(rows), self.rotation.width), np.float32)
+        chosen = self._passages.select(["address", "codebook_version"]).take(pa.array(rows))
+        slots = self.bank.manifest.slots
+        packed = np.frombuffer(b"".join(chosen["address"].to_pylist()), np.uint8).reshape(len(rows), code_size(slots))
+        versions = chosen["codebook_version"].to_numpy()
+        for version in np.unique(versions).tolist():
+            of_it = np.flatnonzero(versions == version)
+            codewords = self.bank.codebook(version).codewords
+            found[of_it] = passage_vectors(unpack(packed[of_it], slots), codewords, self.rotation)
+        return found
+
     def search(
         self, embeddings: NDArray[np.float32], k: int, *, questions: Sequence[str] | None = None
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
@@ -257,6 +294,7 @@ class Reader:
         refresh: seconds between two looks whether another adapter was promoted or rolled back; it then reads from the
             next batch on, unless ``adapter`` or ``as_of`` is given.
         warn: gets a line when an adapter cannot be loaded and the one before it goes on reading.
+        attend: folder of the weights that the read ``attend`` uses; the release's own when None.
     """
 
     def __init__(
@@ -270,12 +308,13 @@ class Reader:
         device: str = "cpu",
         refresh: float = CHECK_SECONDS,
         warn: Warn | None = None,
+        attend: Path | None = None,
     ) -> None:
         self._given = bank.bank if isinstance(bank, Memory) else bank
         self.bank = self._given if isinstance(self._given, Bank) else Bank.open(self._given)
         self._encoder, self._base, self._folder = encoder, language_model, adapter
         self.as_of, self.device = as_of, device
-        self._refresh, self._warn = refresh, warn
+        self._refresh, self._warn, self._attend_folder = refresh, warn, attend
         self._loaded: LiveAdapter | None = None
         self._loading = threading.Lock()
         if isinstance(bank, Memory):
@@ -301,11 +340,33 @@ class Reader:
         """The base model, loaded once, and the adapter that is on it."""
         with self._loading:
             if self._loaded is None:
-                base = self._base or defaults.language_model(device=self.device)
+                base = self._own_copy()
                 self._loaded = LiveAdapter(
                     base, self.bank, folder=self._folder, as_of=self.as_of, every=self._refresh, warn=self._warn
                 )
             return self._loaded
+
+    def _own_copy(self) -> LanguageModel:
+        """The base model for one adapter more; its weights are loaded once."""
+        from mbc_core.reader.attend_reader import shared_copy
+
+        if self._base is None:
+            self._base = defaults.language_model(device=self.device)
+        return shared_copy(self._base)
+
+    @cached_property
+    def attend(self) -> AttendReader:
+        """What reads passages as vectors.
+
+        Raises:
+            ModelError: there are no weights for it, or they are for another language model.
+            IncompatibleBank: they read the vectors of another encoder.
+        """
+        from mbc_core.reader.attend_reader import AttendReader
+
+        folder = defaults.attend_weights(given=self._attend_folder) or weights.path(defaults.ATTEND)
+        with self._loading:
+            return AttendReader(self._own_copy(), folder, self.bank.manifest.encoder)
 
     def refresh(self) -> bool:
         """Read with the adapter that is live now; True when it is another one than before."""
@@ -320,7 +381,8 @@ class Reader:
 
         Args:
             k: how many passages are recalled.
-            read: ``recall`` puts the words of the passages before the question; ``closed`` asks the model alone.
+            read: ``recall`` puts the words of the passages before the question; ``attend`` reads the vectors that
+                their addresses stand for, and no words; ``closed`` asks the model alone.
 
         Raises:
             UsageError: an empty or far too long question, an unknown read, or k below 1.
@@ -328,11 +390,17 @@ class Reader:
         """
         self._check(questions, read)
         began = time.perf_counter()
-        recalled = self.memory.recall(questions, k) if read == "recall" else [[] for _ in questions]
-        between = time.perf_counter()
-        answers = self.answer([[one.words for one in found] for found in recalled], questions)
+        recalled: list[list[Recalled]] = [[] for _ in questions]
+        if read == "attend":
+            recalled, vectors, asked = self.memory.recall_vectors(questions, k)
+            between = time.perf_counter()
+            answers = self.attend.answer(vectors, questions, asked)
+        else:
+            recalled = self.memory.recall(questions, k) if read == "recall" else recalled
+            between = time.perf_counter()
+            answers = self.answer([[one.words for one in found] for found in recalled], questions)
         count = max(1, len(questions))
-        recall_ms = 1e3 * (between - began) / count if read == "recall" else 0.0
+        recall_ms = 1e3 * (between - began) / count if read != "closed" else 0.0
         generate_ms = 1e3 * (time.perf_counter() - between) / count
         return [
             Answer(question, answer, read, self.as_of, tuple(found), recall_ms, generate_ms)
@@ -382,7 +450,7 @@ class Reader:
                 "the bank has no word codes to read",
                 value=f"profile {self.bank.manifest.profile}",
                 cause="this profile stores addresses only",
-                fix="recall from it with `mbc recall`, ask with --read closed, or ingest with --profile default",
+                fix="ask with --read attend, recall from it with `mbc recall`, or ingest with --profile default",
             )
 
 

@@ -15,7 +15,7 @@ from mbc_core.cli.output import escape, note, only_json, out, print_json
 from mbc_core.errors import UsageError
 from schemas.results import AskResult, Source
 
-READS = ("recall", "closed")
+READS = ("recall", "attend", "closed")
 
 
 @click.command()
@@ -32,7 +32,8 @@ READS = ("recall", "closed")
     type=click.Choice(READS),
     default="recall",
     show_default=True,
-    help="recall puts the words of the best passages before the question; closed asks the model alone.",
+    help="recall puts the words of the best passages before the question; attend reads their addresses as vectors; "
+    "closed asks the model alone.",
 )
 @k_option
 @as_of_option
@@ -43,6 +44,11 @@ READS = ("recall", "closed")
     "--adapter",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="Folder of the adapter to read with, as `mbc train reader` writes it (default: the bank's live one).",
+)
+@click.option(
+    "--attend",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Weights of the read attend, as `mbc train attend` writes them (default: the shipped ones).",
 )
 @device_option
 @json_option
@@ -55,6 +61,7 @@ def ask(
     as_of: datetime | None,
     model: str | None,
     adapter: Path | None,
+    attend: Path | None,
     device: str,
     as_json: bool,
 ) -> None:
@@ -69,9 +76,11 @@ def ask(
 
         device = resolve_device(device)
         named = defaults.language_model(model, device=device) if model else None
-        reader = Reader(bank, language_model=named, adapter=adapter, as_of=as_of, device=device, warn=note)
+        reader = Reader(
+            bank, language_model=named, adapter=adapter, as_of=as_of, device=device, warn=note, attend=attend
+        )
         answers = [answer.to_json() for answer in reader.ask_many(questions, k=k, read=read)]
-        if read == "recall" and not any(answer["sources"] for answer in answers):
+        if read != "closed" and not any(answer["sources"] for answer in answers):
             note(f"{_nothing_held(as_of)}: what is answered comes from the language model alone")
         if as_json:
             print_json(answers[0] if file is None else {"answers": answers}, stream)
