@@ -146,7 +146,7 @@ def expired(rows: pa.Table, policy: ReplayPolicy, as_of: int | None = None) -> n
 
 def _among_least(rows: pa.Table, candidates: npt.NDArray[np.bool_], count: int) -> npt.NDArray[np.bool_]:
     """Where a row's priority is at most the ``count``-th least of its window's candidates."""
-    floors = _floors(rows.filter(pa.array(candidates)), count)
+    floors = _floors(rows.filter(pa.array(candidates)), count, more_than=count)
     result = np.ones(rows.num_rows, bool)
     windows = rows["window"].to_pylist()
     asked = [place for place in np.flatnonzero(candidates).tolist() if windows[place] in floors]
@@ -156,11 +156,11 @@ def _among_least(rows: pa.Table, candidates: npt.NDArray[np.bool_], count: int) 
     return result
 
 
-def _floors(rows: pa.Table, count: int) -> dict[str, int]:
-    """Window → the ``count``-th least of its distinct priorities, for windows with so many."""
+def _floors(rows: pa.Table, count: int, more_than: int = 0) -> dict[str, int]:
+    """Window → the ``count``-th least of its distinct priorities, if it has so many, and more rows than given."""
     found: dict[str, int] = {}
     for one in rows["window"].value_counts().to_pylist():
-        if one["counts"] >= count:
+        if one["counts"] >= count and one["counts"] > more_than:
             least = _priorities(rows.filter(pc.equal(rows["window"], one["values"])))
             if len(least) >= count:
                 found[one["values"]] = int(least[count - 1])
