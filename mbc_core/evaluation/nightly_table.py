@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -223,13 +223,21 @@ def largest_loss(results: Results, arm: str, *, same_bank: bool) -> tuple[Interv
 def _against_frozen(results: Results, arm: str) -> Goal:
     found = new_change(results, arm, "frozen")
     met = None if found is None else found.mean >= BETTER and found.low > 0
-    return Goal(f"new questions, last half: {arm} ≥ frozen + {BETTER:g} F1, interval excludes 0", found, met)
+    says = f"new questions, last half: {arm} ≥ frozen + {BETTER:g} F1, interval excludes 0"
+    return _when_whole(results, Goal(says, found, met), arm, "frozen")
 
 
 def _against_text(results: Results, arm: str) -> Goal:
     below = new_change(results, "text", arm)
     met = None if below is None else below.mean <= NEAR_TEXT
-    return Goal(f"new questions, last half: at most {NEAR_TEXT:g} F1 below the full-text reader", below, met)
+    says = f"new questions, last half: at most {NEAR_TEXT:g} F1 below the full-text reader"
+    return _when_whole(results, Goal(says, below, met), arm, "text")
+
+
+def _when_whole(results: Results, goal: Goal, *arms: str) -> Goal:
+    """No verdict before every quarter is done by all of ``arms``."""
+    done, total = (len(last_half(results, *arms)), len(results.quarters) - len(results.quarters) // 2)
+    return goal if done == total else replace(goal, met=None, detail=f"{done} of {total} quarters are done")
 
 
 def _old_loss(results: Results, arm: str) -> list[Goal]:
@@ -244,7 +252,7 @@ def _old_loss(results: Results, arm: str) -> list[Goal]:
         frozen = None if same_bank else largest_loss(results, "frozen", same_bank=False)
         if frozen is not None:
             told += f"; frozen {frozen[0].mean:+.2f} since {results.quarters[frozen[1]]}"
-        goals.append(Goal(says, own[0], own[0].mean <= MAY_LOSE, told))
+        goals.append(_when_whole(results, Goal(says, own[0], own[0].mean <= MAY_LOSE, told), arm))
     return goals
 
 

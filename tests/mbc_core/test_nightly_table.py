@@ -144,6 +144,15 @@ def test_a_gain_whose_interval_holds_nothing_is_not_met(folder):
     assert found.found.mean > 2 and found.found.low < 0 and found.met is False
 
 
+def test_there_is_no_verdict_before_the_last_quarter(folder):
+    for half in (0, 1):
+        write(folder, "frozen", half, base, seconds=None, quarters=3)
+        write(folder, "nightly", half, lambda q, came, one: base(q, came, one) + 9, quarters=3)
+    found = goals(load_results(folder))
+    assert found[0].found.mean == pytest.approx(9) and found[0].met is None and "1 of 2 quarters" in found[0].detail
+    assert [one.met for one in found] == [None, None, None, None, True]
+
+
 def test_missing_arms_leave_goals_unmeasured(folder):
     write(folder, "frozen", 0, base, seconds=None)
     assert [one.met for one in goals(load_results(folder))] == [None] * 5
@@ -165,7 +174,8 @@ def test_the_report_is_printed_and_written(folder):
 def test_a_run_that_has_begun_is_reported_as_far_as_it_went(folder):
     write(folder, "frozen", 0, base, seconds=None, quarters=3)
     write(folder, "nightly", 0, base, quarters=1)
-    assert "2024Q3   nightly" in report(folder)
+    told = report(folder)
+    assert "2024Q3   nightly" in told and "0 of 2 quarters are done" in told and told.count("  met  ") == 1
 
 
 def test_folders_without_results_are_refused(folder, tmp_path):
