@@ -9,7 +9,9 @@ import sys
 import pytest
 
 from mbc_core.evaluation.sheet import Lines, Sheet, Shown, save_sheet
-from tests.mbc_core.tiny_reader import llama, tokenizer
+from mbc_core.reader.language_model import load_language_model
+from tests.mbc_core.test_evaluation_attend import write_weights
+from tests.mbc_core.tiny_reader import SLOTS, BagOfWords, llama, pieces, tokenizer
 
 ABSENT = ("faiss", "deltalake", "gguf", "apache_beam", "zstandard")
 
@@ -55,6 +57,33 @@ def test_a_sheet_is_answered_without_bank_beam_or_faiss(place):
     assert result["notes"] == ["from far away"] and result["settings"]["qa"] == "abc"
     assert (result["settings"]["lm"], result["settings"]["adapter"]) == ("lm", None)
     assert "2 answers by lm, adapter none, on cpu" in done.stderr
+
+
+def test_codes_on_a_sheet_are_attended_to_and_missing_weights_are_told(place, tmp_path):
+    from mbc_core.evaluation.shown_codes import ShownCodes
+
+    rotation, codebook = pieces()
+    encoder = BagOfWords()
+    codes = ShownCodes(
+        encoder.encoder_id, SLOTS, rotation, {0: codebook.codewords}, {0: 0}, encoder.encode_questions(["Who?"])
+    )
+    line = f"0:{bytes(27).hex()}"
+    shown = [Shown("attend", "T24", 1, [0], [[0]], 27.0, 1.0), Shown("closed", "-", 0, [0], [[]], 0.0, 0.0)]
+    save_sheet(tmp_path / "codes.gz", Sheet(["Who?"], [["x"]], [line], shown, {}, codes.to_json()))
+    base = load_language_model(place / "lm")
+    weights = write_weights(tmp_path / "attend", base=base)
+    told = ("--from-reads", tmp_path / "codes.gz", "--lm", place / "lm")
+    done = mbc(*told, "--attend", weights, "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert [(row["name"], row["bytes_per_passage"]) for row in result["rows"]] == [
+        ("attend/T24@1", 27.0),
+        ("closed", 0.0),
+    ]
+    assert result["settings"]["attend"] == str(weights)
+    (weights / "projector.safetensors").unlink()
+    done = mbc(*told, "--attend", weights)
+    assert done.returncode == 1 and "there are no weights for the read `attend`" in done.stderr
 
 
 def test_a_damaged_sheet_and_a_missing_model_say_so(place, tmp_path):

@@ -23,6 +23,7 @@ from mbc_core.evaluation.shown_codes import ShownCodes, address_lines
 from mbc_core.reader.attend import PROJECTOR_FILE, AttendConfig, AttendProjector, load_projector, save_projector
 from mbc_core.reader.attend_prompt import answer_attend
 from mbc_core.reader.kv_lora import KVLoraConfig, add_kv_lora, load_adapter, save_adapter
+from mbc_core.reader.language_model import LanguageModel
 from mbc_core.reader.prompt import PromptFormat
 from tests.mbc_core.qa_bank import memory_of, qa_set
 from tests.mbc_core.tiny_reader import SLOTS, WIDTH, BagOfWords, language_model, pieces
@@ -33,9 +34,11 @@ QA = qa_set()
 READS = ("closed", "attend-closed", "attend-shuffled", "attend", "attend-right")
 
 
-def write_weights(folder: Path, encoder: str = BagOfWords.encoder_id, seed: int = 0) -> Path:
+def write_weights(
+    folder: Path, encoder: str = BagOfWords.encoder_id, seed: int = 0, base: LanguageModel | None = None
+) -> Path:
     """An adapter and a projector with random weights."""
-    base = language_model()
+    base = base or language_model()
     config = KVLoraConfig(r=2, alpha=4)
     save_adapter(add_kv_lora(base.model, config), folder, config, base_digest=base.digest, base_name=base.name)
     torch.manual_seed(seed)
