@@ -28,6 +28,8 @@ SALIENCE = "salience.safetensors"
 ROTATION = "rotation.safetensors"
 READER = "reader"
 ATTEND = "attend"
+PAPER = "paper_t{slots}"
+"""Weights of the aggregate read, one folder a T."""
 _CARDS = {LEXICON: "lexicon.card.json"}
 """Cards that are not named like their file; a card holds the file's digest."""
 
@@ -189,6 +191,26 @@ def attend_weights(*, given: Path | None = None) -> Path | None:
         return None
     if given is None:
         _check_digest(path / "projector.safetensors", path / "card.json")
+    return path
+
+
+def paper_weights(slots: int) -> Path:
+    """Folder of the shipped weights of the aggregate read for ``slots`` (T) codes a passage.
+
+    Raises:
+        ModelError: none are shipped for this T.
+        DamagedFile: they are not those that their card describes.
+    """
+    path = weights.path(PAPER.format(slots=slots))
+    if not path.exists():
+        raise ModelError(
+            f"there are no weights of the aggregate read for T = {slots}",
+            value=str(path),
+            cause="this release ships none for it, or the installation lacks its data files",
+            fix="reinstall mbc, ask with another --read, or train some with `mbc train paper --codes address` and "
+            "name them with --paper",
+        )
+    _check_digest(path / "paper.safetensors", path / "card.json")
     return path
 
 

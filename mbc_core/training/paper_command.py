@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -171,8 +172,9 @@ def run_paper(told: PaperOptions, say: Say) -> dict[str, Any] | None:
         return None
     save_paper_model(model, told.out_dir, dtype=torch.float16)
     results = _measure(told, model, data, on_device, base, say) if finished else {}
-    size = (told.out_dir / WEIGHTS_FILE).stat().st_size
-    card = paper_card(trainer, data, read_curve(told.out_dir), bytes=size, results=results)
+    stored = (told.out_dir / WEIGHTS_FILE).read_bytes()
+    file = {"file_sha256": hashlib.sha256(stored).hexdigest(), "bytes": len(stored)}
+    card = paper_card(trainer, data, read_curve(told.out_dir), results=results, **file)
     (told.out_dir / "card.json").write_text(json.dumps(card, indent=2) + "\n")
     return card
 
