@@ -16,7 +16,7 @@ import pytest
 from mbc_core.evaluation.dated_stream import save_stream
 from mbc_core.reader.kv_lora import KVLoraConfig, add_kv_lora, save_adapter, trainable
 from mbc_core.reader.language_model import load_language_model
-from tests.mbc_core.test_nightly import STREAM
+from tests.mbc_core.nightly_stream import STREAM
 from tests.mbc_core.tiny_reader import llama, tokenizer
 
 ARMS = "frozen,nightly,no-replay,gated,closed,text"
