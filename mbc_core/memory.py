@@ -30,14 +30,16 @@ from mbc_core.rerank import DEPTH, reranked
 from schemas.results import AskResult, Source
 
 if TYPE_CHECKING:
+    from mbc_core.bank.histogram import Histogram
     from mbc_core.lexicon import Lexicon
     from mbc_core.query_map import QueryMap
+    from mbc_core.reader.aggregate import AggregateReader
     from mbc_core.reader.attend_reader import AttendReader
     from mbc_core.reader.language_model import LanguageModel
     from mbc_core.reader.prompt import PromptFormat
     from schemas.manifest import Manifest
 
-READS = ("recall", "attend", "closed")
+READS = ("recall", "attend", "aggregate", "closed")
 _BATCH = 256  # questions answered by one adapter before another may be put on
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -295,6 +297,7 @@ class Reader:
             next batch on, unless ``adapter`` or ``as_of`` is given.
         warn: gets a line when an adapter cannot be loaded and the one before it goes on reading.
         attend: folder of the weights that the read ``attend`` uses; the release's own when None.
+        paper: folder of the weights that the read ``aggregate`` uses; the release's own for the bank's T when None.
     """
 
     def __init__(
@@ -309,12 +312,13 @@ class Reader:
         refresh: float = CHECK_SECONDS,
         warn: Warn | None = None,
         attend: Path | None = None,
+        paper: Path | None = None,
     ) -> None:
         self._given = bank.bank if isinstance(bank, Memory) else bank
         self.bank = self._given if isinstance(self._given, Bank) else Bank.open(self._given)
         self._encoder, self._base, self._folder = encoder, language_model, adapter
         self.as_of, self.device = as_of, device
-        self._refresh, self._warn, self._attend_folder = refresh, warn, attend
+        self._refresh, self._warn, self._attend_folder, self._paper_folder = refresh, warn, attend, paper
         self._loaded: LiveAdapter | None = None
         self._loading = threading.Lock()
         if isinstance(bank, Memory):
@@ -368,6 +372,30 @@ class Reader:
         with self._loading:
             return AttendReader(self._own_copy(), folder, self.bank.manifest.encoder)
 
+    @cached_property
+    def aggregate(self) -> AggregateReader:
+        """What reads the whole bank from the histogram of its codes.
+
+        Raises:
+            ModelError: there are no weights for the bank's T, or they are for another language model.
+            IncompatibleBank: they were trained for another encoder, rotation or T.
+        """
+        from mbc_core.reader.aggregate import AggregateReader
+
+        manifest = self.bank.manifest
+        folder = self._paper_folder or defaults.paper_weights(manifest.slots)
+        with self._loading:
+            reader = AggregateReader(folder, self._own_copy())
+        reader.require_bank(manifest.encoder, manifest.rotation, manifest.slots)
+        return reader
+
+    @cached_property
+    def histogram(self) -> Histogram:
+        """How often each code occurs in the bank, as of the reader's moment."""
+        from mbc_core.bank.histogram import bank_histogram
+
+        return bank_histogram(self.bank, microseconds(self.as_of))
+
     def refresh(self) -> bool:
         """Read with the adapter that is live now; True when it is another one than before."""
         return self.live.refresh()
@@ -382,7 +410,8 @@ class Reader:
         Args:
             k: how many passages are recalled.
             read: ``recall`` puts the words of the passages before the question; ``attend`` reads the vectors that
-                their addresses stand for, and no words; ``closed`` asks the model alone.
+                their addresses stand for, and no words; ``aggregate`` reads the codes of the whole bank at once and
+                recalls no passage, so its answers name no sources; ``closed`` asks the model alone.
 
         Raises:
             UsageError: an empty or far too long question, an unknown read, or k below 1.
@@ -395,6 +424,11 @@ class Reader:
             recalled, vectors, asked = self.memory.recall_vectors(questions, k)
             between = time.perf_counter()
             answers = self.attend.answer(vectors, questions, asked)
+        elif read == "aggregate":
+            memory = self.aggregate.memory(self.histogram, self.bank)
+            embeddings = self._question_encoder.encode_questions(questions)
+            between = time.perf_counter()
+            answers = self.aggregate.answer(questions, embeddings, memory)
         else:
             recalled = self.memory.recall(questions, k) if read == "recall" else recalled
             between = time.perf_counter()
@@ -406,6 +440,16 @@ class Reader:
             Answer(question, answer, read, self.as_of, tuple(found), recall_ms, generate_ms)
             for question, answer, found in zip(questions, answers, recalled, strict=True)
         ]
+
+    @cached_property
+    def _question_encoder(self) -> QuestionEncoder:
+        """The bank's encoder, without an index that the aggregate read does not need."""
+        if "memory" in self.__dict__:
+            return self.memory.encoder
+        manifest = self.bank.manifest
+        encoder = self._encoder or defaults.encoder_for(manifest, device=self.device)
+        _require_same("encoder", encoder.encoder_id, manifest.encoder)
+        return encoder
 
     def answer(self, memory: Sequence[Sequence[str]], questions: Sequence[str]) -> list[str]:
         """Answers of the language model to questions with these memory lines, best first, before them.

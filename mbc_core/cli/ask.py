@@ -15,7 +15,7 @@ from mbc_core.cli.output import escape, note, only_json, out, print_json
 from mbc_core.errors import UsageError
 from schemas.results import AskResult, Source
 
-READS = ("recall", "attend", "closed")
+READS = ("recall", "attend", "aggregate", "closed")
 
 
 @click.command()
@@ -33,7 +33,7 @@ READS = ("recall", "attend", "closed")
     default="recall",
     show_default=True,
     help="recall puts the words of the best passages before the question; attend reads their addresses as vectors; "
-    "closed asks the model alone.",
+    "aggregate reads the codes of the whole bank at once, so it names no sources; closed asks the model alone.",
 )
 @k_option
 @as_of_option
@@ -50,6 +50,11 @@ READS = ("recall", "attend", "closed")
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="Weights of the read attend, as `mbc train attend` writes them (default: the shipped ones).",
 )
+@click.option(
+    "--paper",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Weights of the read aggregate, as `mbc train paper` writes them (default: the shipped ones).",
+)
 @device_option
 @json_option
 def ask(
@@ -62,6 +67,7 @@ def ask(
     model: str | None,
     adapter: Path | None,
     attend: Path | None,
+    paper: Path | None,
     device: str,
     as_json: bool,
 ) -> None:
@@ -77,10 +83,12 @@ def ask(
         device = resolve_device(device)
         named = defaults.language_model(model, device=device) if model else None
         reader = Reader(
-            bank, language_model=named, adapter=adapter, as_of=as_of, device=device, warn=note, attend=attend
-        )
+            bank, language_model=named, adapter=adapter, as_of=as_of, device=device, warn=note, attend=attend,
+            paper=paper,
+        )  # fmt: skip
         answers = [answer.to_json() for answer in reader.ask_many(questions, k=k, read=read)]
-        if read != "closed" and not any(answer["sources"] for answer in answers):
+        held = reader.histogram.passages if read == "aggregate" else sum(len(answer["sources"]) for answer in answers)
+        if read != "closed" and not held:
             note(f"{_nothing_held(as_of)}: what is answered comes from the language model alone")
         if as_json:
             print_json(answers[0] if file is None else {"answers": answers}, stream)

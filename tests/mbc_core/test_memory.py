@@ -239,7 +239,7 @@ def test_wrong_questions_and_reads_are_told(bank):
         reader.memory.recall([""])
     with pytest.raises(UsageError, match=r"a question is not UTF-8: 'number 1 of 1'"):
         reader.ask("Wh\udcff?")
-    with pytest.raises(UsageError, match=r"there is no such read: 'telepathy'.*recall, attend, closed"):
+    with pytest.raises(UsageError, match=r"there is no such read: 'telepathy'.*recall, attend, aggregate, closed"):
         reader.ask("Why?", read="telepathy")
     with pytest.raises(UsageError, match=r"the question is too long"):
         reader.ask("why " * 2000)
