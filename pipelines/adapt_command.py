@@ -19,9 +19,10 @@ HELP = """Refresh the reader's adapter against what the bank recalls now, and pr
 In two steps, which may run on two machines: --write-set writes what the bank recalls; --from-set trains on that file
 without a bank, with torch and peft alone; `mbc adapters add` takes the candidate into the bank.
 
+Example: mbc adapt --bank my-bank --minutes 10 --checkpoint work
+
 \b
-Examples:
-  mbc adapt --bank my-bank --minutes 10 --checkpoint work
+In two steps:
   mbc adapt --bank my-bank --write-set tonight.jsonl.gz
   mbc adapt --from-set tonight.jsonl.gz --out candidate --minutes 2 --device cuda
   mbc adapters add candidate --bank my-bank

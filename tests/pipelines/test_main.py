@@ -50,6 +50,8 @@ def test_the_commands_are_those_of_the_design():
         "show",
         "promote",
         "rollback",
+        "add",
+        "canary",
     }
 
 
