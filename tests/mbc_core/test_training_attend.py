@@ -7,14 +7,29 @@ from dataclasses import replace
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file
 
+from mbc_core.cli.train import train
+from mbc_core.errors import UsageError
+from mbc_core.memory import Reader
 from mbc_core.reader.attend import PROJECTOR_FILE, load_projector
 from mbc_core.reader.kv_lora import KVLoraConfig, load_adapter
+from mbc_core.reader.language_model import load_language_model
 from mbc_core.training import attend as attend_module
 from mbc_core.training.attend import ATTEND_MIXTURE, AttendRun, train_attend
 from tests.mbc_core.prepared_data import write_prepared
-from tests.mbc_core.tiny_reader import BagOfWords, language_model, lexicon, pieces
+from tests.mbc_core.qa_bank import open_bank
+from tests.mbc_core.tiny_reader import (
+    BagOfWords,
+    documents,
+    language_model,
+    lexicon,
+    llama,
+    make_bank,
+    pieces,
+    tokenizer,
+)
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 
@@ -71,3 +86,60 @@ def test_the_closed_rival_is_trained_on_the_same_questions_without_a_projector(p
     card = run(prepared, tmp_path, replace(RUN, closed=True))
     assert not (tmp_path / PROJECTOR_FILE).exists() and card["parameters"]["projector"] == 0
     assert [row["read"] for row in card["results"]["held_out"]] == ["closed"]
+
+
+def test_held_out_passages_are_never_shown_and_every_prepared_set_is(prepared, tmp_path, monkeypatch):
+    seen: list[list[str]] = []
+    real = attend_module.attend_source
+
+    def noting(data, *arguments, **options):
+        seen.append(data.table["split"].to_pylist())
+        return real(data, *arguments, **options)
+
+    monkeypatch.setattr(attend_module, "attend_source", noting)
+    more = write_prepared(tmp_path / "more", 8, questions=False)
+    rotation, codebook = pieces()
+    train_attend(
+        [prepared, more], lexicon(), [codebook], rotation, language_model(), tmp_path, replace(RUN, steps=1),
+        encoder=BagOfWords(),
+    )  # fmt: skip
+    assert [set(one) for one in seen] == [{"train"}, {"dev"}] and [len(one) for one in seen] == [18, 6]
+
+
+def test_a_finished_run_called_again_only_evaluates(prepared, tmp_path):
+    run(prepared, tmp_path)
+    before = (tmp_path / PROJECTOR_FILE).read_bytes()
+    card = run(prepared, tmp_path, evaluate={"more": prepared})
+    assert card["progress"]["step"] == 6 and set(card["results"]) == {"held_out", "more"}
+    assert (tmp_path / PROJECTOR_FILE).read_bytes() == before
+
+
+def test_shares_that_do_not_fit_the_codebooks_are_refused(prepared, tmp_path):
+    with pytest.raises(UsageError, match="do not fit the codebooks"):
+        run(prepared, tmp_path, replace(RUN, variants=(1.0,)))
+
+
+def test_the_command_writes_weights_that_can_be_attended_with(prepared, tmp_path):
+    rotation, codebook = pieces()
+    rotation.save(tmp_path / "rotation.safetensors")
+    (tmp_path / "codebook.safetensors").write_bytes(codebook.to_bytes())
+    lexicon().save(tmp_path / "lexicon.json")
+    llama().save_pretrained(tmp_path / "lm")
+    tokenizer().save_pretrained(tmp_path / "lm")
+    told = [
+        "attend", str(prepared), "--lm", str(tmp_path / "lm"), "--lexicon", str(tmp_path / "lexicon.json"),
+        "--codebook", str(tmp_path / "codebook.safetensors"), "--rotation", str(tmp_path / "rotation.safetensors"),
+        "--out", str(tmp_path / "out"), "--steps", "2", "--minutes", "0", "--batch", "4", "--hidden", "16",
+        "--token-rank", "4", "--rank", "2", "--device", "cpu", "--evaluate-questions", "2", "--variants", "0.6,0.4",
+        "--encoder-id", BagOfWords.encoder_id,
+    ]  # fmt: skip
+    result = CliRunner().invoke(train, told)
+    assert result.exit_code == 0, result.output
+    card = json.loads(result.stdout)
+    assert card["progress"]["step"] == 2 and card["run"]["variants"] == [0.6, 0.4]
+    base = load_language_model(tmp_path / "lm")
+    memory = open_bank(make_bank(tmp_path / "bank", documents(8)))
+    reader = Reader(memory, language_model=base, attend=tmp_path / "out")
+    assert len(reader.ask_many([doc.question for doc in documents(3)], read="attend")) == 3
+    wrong = CliRunner().invoke(train, [*told, "--variants", "much"])
+    assert wrong.exit_code == 2 and "'much' is not a list of numbers" in wrong.stderr
