@@ -85,3 +85,12 @@ def test_wrong_use_is_told(given, tmp_path):
     ):
         done = subprocess.run(command(*words), capture_output=True, text=True, timeout=300)
         assert done.returncode != 0 and told in done.stderr
+
+
+def test_the_second_step_needs_no_bank():
+    """It runs where neither FAISS nor Delta nor Beam is."""
+    missing = ("faiss", "deltalake", "apache_beam", "gguf", "zstandard")
+    code = f"import sys\nfor name in {missing}: sys.modules[name] = None\nfrom tests.bench import bench_nightly"
+    code += ", nightly_report, nightly_run, nightly_tune"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
