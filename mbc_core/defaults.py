@@ -56,7 +56,7 @@ def shipped(name: str) -> Path:
 def _check_digest(file: Path, card: Path) -> None:
     try:
         told = json.loads(card.read_text("utf-8"))
-        wanted = str(told.get("file_sha256") or told["digest"])
+        wanted = str(told.get("files", {}).get(file.name) or told.get("file_sha256") or told["digest"])
         found = hashlib.sha256(file.read_bytes()).hexdigest()
     except (OSError, ValueError, KeyError) as error:
         raise DamagedFile(
@@ -190,8 +190,14 @@ def attend_weights(*, given: Path | None = None) -> Path | None:
     if not path.exists():
         return None
     if given is None:
-        _check_digest(path / "projector.safetensors", path / "card.json")
+        for name in ("projector.safetensors", "adapter_model.safetensors"):
+            _check_digest(path / name, path / "card.json")
     return path
+
+
+def has_paper_weights(slots: int) -> bool:
+    """Whether this installation has weights of the aggregate read for ``slots`` (T) codes a passage."""
+    return weights.path(PAPER.format(slots=slots)).exists()
 
 
 def paper_weights(slots: int) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import platform
@@ -160,6 +161,7 @@ def train_attend(
         )  # fmt: skip
     tables = {name: reads.all(one, FULL_READS) for name, one in sets.items()} if finished else {}
     card = _card(trainer, run, data, adapted, codebooks, rotation, encoder_id, finished, tables)
+    card["files"] = {one.name: hashlib.sha256(one.read_bytes()).hexdigest() for one in out_dir.glob("*.safetensors")}
     (out_dir / "card.json").write_text(json.dumps(card, indent=2) + "\n")
     return card
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 
@@ -48,6 +49,24 @@ def test_a_flipped_bit_in_the_shipped_adapter_is_refused(copied):
     flip(copied / "reader" / "adapter_model.safetensors")
     with pytest.raises(DamagedFile, match=r"adapter_model.safetensors does not match its card"):
         defaults.reader_adapter()
+
+
+@pytest.mark.parametrize("name", ["projector.safetensors", "adapter_model.safetensors"])
+def test_a_flipped_bit_in_the_weights_of_attend_is_refused(copied, name):
+    folder = copied / "attend"
+    shutil.rmtree(folder, ignore_errors=True)
+    assert defaults.attend_weights() is None, "this installation has none"
+    folder.mkdir()
+    names = ("projector.safetensors", "adapter_model.safetensors")
+    for number, one in enumerate(names):
+        (folder / one).write_bytes(bytes([number]) * 20)
+    files = {one: hashlib.sha256((folder / one).read_bytes()).hexdigest() for one in names}
+    (folder / "card.json").write_text(json.dumps({"files": files}))
+    assert defaults.attend_weights() == folder
+    flip(folder / name)
+    with pytest.raises(DamagedFile, match=rf"{name} does not match its card"):
+        defaults.attend_weights()
+    assert defaults.attend_weights(given=folder) == folder, "a folder that was named has a card of its own"
 
 
 def test_codebook_and_rotation_are_read_through_the_check(copied):
