@@ -77,6 +77,7 @@ def test_nor_on_runs_workers_and_shards(tmp_path, expected):
     assert sample(bank) == expected
 
 
+@pytest.mark.slow
 def test_nor_on_panes_late_ones_a_restart_or_compact_between(tmp_path, expected):
     bank = new_bank(tmp_path)
     plan = plan_of(bank, lateness=30 * DAY, shards=2)
