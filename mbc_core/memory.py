@@ -30,7 +30,7 @@ from mbc_core.rerank import DEPTH, reranked
 from schemas.results import AskResult, Source
 
 if TYPE_CHECKING:
-    from mbc_core.bank.histogram import Histogram
+    from mbc_core.histogram import Histogram
     from mbc_core.lexicon import Lexicon
     from mbc_core.query_map import QueryMap
     from mbc_core.reader.aggregate import AggregateReader

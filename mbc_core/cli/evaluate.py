@@ -62,6 +62,7 @@ class Options:
     rival_text: Path | None
     rival_closed: Path | None
     attend: Path | None
+    paper: Path | None
     against: tuple[str, ...]
     float_search: bool
     write_reads: Path | None
@@ -152,6 +153,7 @@ def make(build: MakeBuilder | None) -> click.Command:
     @click.option("--rival-text", type=_FOLDER, help="Adapter trained equally on full text.")
     @click.option("--rival-closed", type=_FOLDER, help="Adapter trained equally without memory.")
     @click.option("--attend", type=_FOLDER, help="Weights of the read attend (default: the shipped ones).")
+    @click.option("--paper", type=_FOLDER, help="Weights of the read aggregate (default: the shipped ones).")
     @click.option(
         "--against", multiple=True, metavar="READ", help="Compare with this row (default: closed book, text)."
     )
@@ -256,7 +258,7 @@ def _answer(sheet: Sheet, told: Options) -> dict[str, Any]:
     from mbc_core.evaluation.report import make_result
 
     base = defaults.language_model(told.lm, gguf_file=told.gguf, device=told.device)
-    with _adapters(base, told) as (adapters, name):
+    with _adapters(base, told, sheet) as (adapters, name):
         total = sum(len(one.questions) for one in sheet.shown if adapters.has(one.adapter))
         note(f"{total:,} answers by {base.name}, adapter {name or 'none'}, on {told.device}")
         with progress_bar("answering", total) as advance:
@@ -271,6 +273,7 @@ def _answer(sheet: Sheet, told: Options) -> dict[str, Any]:
         "rival_text": str(told.rival_text) if told.rival_text else None,
         "rival_closed": str(told.rival_closed) if told.rival_closed else None,
         "attend": str(told.attend) if told.attend else "shipped" if adapters.attend else None,
+        "paper": str(told.paper) if told.paper else "shipped" if adapters.aggregate else None,
         "device": told.device,
         "bootstrap_seed": told.seed,
     }
@@ -278,10 +281,11 @@ def _answer(sheet: Sheet, told: Options) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _adapters(base: LanguageModel, told: Options) -> Iterator[tuple[Adapters, str | None]]:
+def _adapters(base: LanguageModel, told: Options, sheet: Sheet) -> Iterator[tuple[Adapters, str | None]]:
     """Folders of the adapters, and the name of the one under test: given, the bank's live one, shipped, or none."""
     from mbc_core import defaults
     from mbc_core.evaluation.answers import Adapters
+    from mbc_core.evaluation.whole_bank import paper_folder
     from mbc_core.reader.kv_lora import adapter_base
 
     with tempfile.TemporaryDirectory(prefix="mbc-eval-adapter-") as place:
@@ -296,7 +300,8 @@ def _adapters(base: LanguageModel, told: Options) -> Iterator[tuple[Adapters, st
         shipped = defaults.reader_adapter()
         if own is None and shipped is not None and adapter_base(shipped) == base.digest:
             own, name = shipped, "shipped"
-        yield Adapters(own, told.rival_closed, told.rival_text, _attend(base, told)), name
+        paper = paper_folder(sheet, base.digest, told.paper, told.reads)
+        yield Adapters(own, told.rival_closed, told.rival_text, _attend(base, told), paper), name
 
 
 def _attend(base: LanguageModel, told: Options) -> Path | None:
@@ -327,6 +332,7 @@ def _reads(told: Options) -> tuple[str, ...]:
         "closed": told.rival_closed is not None,
         "text": told.rival_text is not None,
         "attend": attend,
+        "aggregate": told.paper is not None or any(defaults.has_paper_weights(slots) for slots in (12, 24)),
     }
     return tuple(name for name, kind in READS.items() if given[kind.adapter] or told.write_reads is not None)
 

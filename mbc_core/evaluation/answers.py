@@ -20,12 +20,15 @@ from mbc_core.evaluation.kept_answers import KeptAnswers, made_of
 from mbc_core.evaluation.metrics import exact_match, f1, prefix_match
 from mbc_core.evaluation.sheet import READS, Adapter, Sheet, Shown
 from mbc_core.evaluation.shown_codes import ShownCodes
+from mbc_core.evaluation.whole_bank import answer_whole_bank
+from mbc_core.reader.aggregate import AggregateReader
 from mbc_core.reader.attend import PROJECTOR_FILE, AttendProjector, load_projector
 from mbc_core.reader.attend_prompt import answer_attend
+from mbc_core.reader.attend_reader import shared_copy
 from mbc_core.reader.generate import NEW_TOKENS, answer_prompts
 from mbc_core.reader.kv_lora import load_adapter
 from mbc_core.reader.language_model import LanguageModel
-from mbc_core.reader.prompt import PromptFormat
+from mbc_core.reader.prompt import Prompt, PromptFormat
 
 Float64 = NDArray[np.float64]
 MAX_PROMPT = 4096
@@ -40,6 +43,7 @@ class Adapters:
     closed: Path | None = None
     text: Path | None = None
     attend: Path | None = None
+    aggregate: Path | None = None
 
     def has(self, adapter: Adapter) -> bool:
         """Whether reads of this adapter can be answered."""
@@ -101,13 +105,14 @@ def answer_sheet(
     form = PromptFormat(base.tokenizer)
     asking = (max_prompt, NEW_TOKENS, form.build(["a line"], "A question?", max_prompt).ids)
     for adapter in dict.fromkeys(one.adapter for one in chosen):
-        with adapted(base, adapters.folder(adapter)) as model:
+        whole = AggregateReader(cast("Path", adapters.aggregate), shared_copy(base)) if adapter == "aggregate" else None
+        with adapted(base, adapters.folder(adapter) if whole is None else None) as model:
             projector = _projector(sheet, base, adapters.attend) if adapter == "attend" else None
             for one in (one for one in chosen if one.adapter == adapter):
                 name = made_of(sheet, one, base.digest, adapters.folder(adapter), asking) if kept else ""
                 told = kept.get(name) if kept else None
                 if told is None:
-                    told = _answer(sheet, one, model, form, max_prompt, batch_tokens, progress, projector)
+                    told = _answer(sheet, one, model, form, max_prompt, batch_tokens, progress, projector, whole)
                     if kept is not None:
                         kept.add(name, label(one), told)
                 elif progress is not None:
@@ -156,12 +161,19 @@ def _answer(
     batch_tokens: int | None,
     progress: Callable[[int], None] | None,
     projector: AttendProjector | None,
+    whole: AggregateReader | None,
 ) -> dict[str, object]:
     """Predictions and what they cost, as they are kept."""
     room = min(max_prompt, model.context - NEW_TOKENS)
     asked = [sheet.questions[place] for place in shown.questions]
     began = time.perf_counter()
-    if projector is not None and READS[shown.read].store == "address":
+    if whole is not None:
+        codes = ShownCodes.from_json(sheet.codes or {})
+        predictions = answer_whole_bank(whole, codes, sheet.memory(shown), asked, shown.questions)
+        prompts = [Prompt(ids, 0) for ids in whole.prompts(asked)]
+        if progress is not None:
+            progress(len(asked))
+    elif projector is not None and READS[shown.read].store == "address":
         codes = ShownCodes.from_json(sheet.codes or {})
         predictions, prompts = answer_attend(
             model, projector, form, [codes.passages(lines) for lines in sheet.memory(shown)], asked,

@@ -25,6 +25,7 @@ from mbc_core.evaluation.stores import (
     text_store,
     truncated_store,
 )
+from mbc_core.evaluation.whole_bank import histogram_line
 from schemas.results import RecallFigures, TextBytes
 
 Int64 = NDArray[np.int64]
@@ -134,6 +135,9 @@ class Asker:
         shown = []
         for read in reads:
             kind = READS[read]
+            if kind.store == "histogram":
+                shown.append(self._whole_bank(view, read))
+                continue
             ks = {"none": (0,), "right": (1,)}.get(kind.places, self.wanted.ks)
             for k in ks:
                 rows: list[list[int]] = [[] for _ in self.places]
@@ -160,6 +164,14 @@ class Asker:
                 )
         return shown
 
+    def _whole_bank(self, view: BankView, read: str) -> Shown:
+        """A read of all codes at once: every question is shown the same one line."""
+        shuffle = self.wanted.seed if read == "aggregate-shuffled" else None
+        (line,) = self.lines.places([histogram_line(view.memory, shuffle)])
+        size = float(code_size(view.slots))
+        asked = list(self.places)
+        return Shown(read, _profile(view, read), 0, asked, [[line] for _ in asked], size, self._questions[1])
+
     def shown_codes(self, view: BankView) -> ShownCodes:
         """What reads of ``view`` by address codes are decoded with."""
         return ShownCodes.of(view.memory, self.places, self._questions[0])
@@ -167,7 +179,7 @@ class Asker:
 
 def _profile(view: BankView, read: str) -> str:
     kind = READS[read]
-    if kind.store == "address":
+    if kind.store in ("address", "histogram"):
         return f"T{view.slots}"
     return view.profile if kind.by_profile else "-" if kind.store is None else "text"
 

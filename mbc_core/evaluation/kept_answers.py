@@ -70,9 +70,13 @@ def made_of(sheet: Sheet, shown: Shown, base_digest: str, adapter: Path | None, 
     digest = hashlib.sha256()
     parts = (asdict(shown), [sheet.questions[place] for place in shown.questions], sheet.memory(shown))
     digest.update(json.dumps([*parts, base_digest, list(asking)], default=str).encode())
-    if READS[shown.read].store == "address":
+    if READS[shown.read].store in ("address", "histogram"):
         digest.update(json.dumps(sheet.codes, sort_keys=True).encode())
-    files = [] if adapter is None else [*adapter.glob("adapter_*"), *adapter.glob("projector.*")]
+    files = (
+        []
+        if adapter is None
+        else [one for kind in ("adapter_*", "projector.*", "paper.*") for one in adapter.glob(kind)]
+    )
     for file in sorted(files):
         digest.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()

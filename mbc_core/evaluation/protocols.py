@@ -64,7 +64,7 @@ def sheet_of_banks(
         for one in asker.show(view, reads, figures["texts"]):
             by_name.setdefault((one.read, name), []).append(one)
     ordered = [shown for read in READS for name in views for shown in by_name.get((read, name), [])]
-    by_address = any(READS[one.read].store == "address" for one in ordered)
+    by_address = any(READS[one.read].store in ("address", "histogram") for one in ordered)
     codes = asker.shown_codes(main).to_json() if by_address else None
     return replace(_sheet(qa, asker.lines, ordered, figures), codes=codes)
 

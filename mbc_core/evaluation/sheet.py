@@ -18,8 +18,9 @@ from mbc_core.errors import DamagedFile, StorageError
 
 FORMAT = "mbc-question-sheet-1"
 
-Adapter = Literal["own", "closed", "text", "attend"]
-"""Which adapter answers: the one under test, one trained equally without memory or on full text, or attend's own."""
+Adapter = Literal["own", "closed", "text", "attend", "aggregate"]
+"""Which adapter answers: the one under test, one trained equally without memory or on full text, attend's own, or the
+paper's model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +30,8 @@ class ReadKind:
     Attributes:
         says: one line for people.
         store: how the passages are kept: ``words`` (the bank's codes), ``text``, ``text-codes``, ``truncated``,
-            ``first-words``, ``address`` (codes read as vectors), or None for nothing at all.
+            ``first-words``, ``address`` (codes read as vectors), ``histogram`` (of the whole bank's codes), or None for
+            nothing at all.
         places: whose passages: ``found`` by address code, the ``right`` one, ``shuffled``, or ``none``.
         adapter: who answers.
     """
@@ -62,6 +64,8 @@ READS: dict[str, ReadKind] = {
     "attend-shuffled": ReadKind("address codes of another document at each place", "address", "shuffled", "attend"),
     "attend": ReadKind("address codes of the passages found, read as vectors", "address", "found", "attend"),
     "attend-right": ReadKind("address codes of the passage that answers", "address", "right", "attend"),
+    "aggregate-shuffled": ReadKind("as many codes, under other codewords", "histogram", "none", "aggregate"),
+    "aggregate": ReadKind("address codes of the whole bank at once", "histogram", "none", "aggregate"),
 }
 """Every read of ``mbc eval``, in the order of its table."""
 
@@ -190,7 +194,7 @@ def _require_whole(sheet: Sheet) -> None:
     for one in sheet.shown:
         if one.read not in READS or len(one.questions) != len(one.lines):
             raise ValueError(f"the read {one.read!r} is unknown or not whole")
-        if READS[one.read].store == "address" and sheet.codes is None:
+        if READS[one.read].store in ("address", "histogram") and sheet.codes is None:
             raise ValueError(f"the read {one.read!r} lacks the codebooks")
         if max(one.questions, default=0) >= len(sheet.questions):
             raise ValueError(f"the read {one.read!r} names a question that is not there")

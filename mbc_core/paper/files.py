@@ -82,6 +82,15 @@ def load_paper_model(
     return model.eval()
 
 
+def trained_on(folder: Path) -> str:
+    """Digest of the language model that the paper model in ``folder`` was trained on.
+
+    Raises:
+        DamagedFile: the folder cannot be read.
+    """
+    return str(_read(folder)[0]["language_model"]["digest"])
+
+
 def paper_state(model: PaperModel) -> dict[str, Tensor]:
     """What was trained, by name: networks, codebook and its usage, trained encoders, KV-LoRA (as ``kv_lora/…``)."""
     frozen = {id(one) for part in _frozen_encoders(model).values() for one in (*part.parameters(), *part.buffers())}

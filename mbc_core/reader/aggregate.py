@@ -26,7 +26,7 @@ from mbc_core.reader.prompt import PromptFormat, prompt_room
 
 if TYPE_CHECKING:
     from mbc_core.bank.bank import Bank
-    from mbc_core.bank.histogram import Histogram
+    from mbc_core.histogram import Histogram
 
 CARD = "card.json"
 

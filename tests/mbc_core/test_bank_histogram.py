@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mbc_core.bank.codebooks import register_codebook
-from mbc_core.bank.histogram import bank_histogram, count_codes
+from mbc_core.bank.histogram import bank_histogram
 from mbc_core.codes import pack, unpack
+from mbc_core.histogram import count_codes
 from tests.mbc_core.tiny_reader import CODEWORDS, SLOTS, Doc, add_documents, documents, make_bank, pieces
 
 

@@ -56,7 +56,7 @@ def test_every_read_is_there_once_a_profile_and_k(sheet):
     rows = {(shown.read, shown.profile, shown.k) for shown in sheet.shown}
     assert len(rows) == len(sheet.shown)
     for read, kind in READS.items():
-        once = {None: "-", "address": f"T{SLOTS}"}.get(kind.store, "text")
+        once = {None: "-", "address": f"T{SLOTS}", "histogram": f"T{SLOTS}"}.get(kind.store, "text")
         profiles = ("compact", "default", "rich") if kind.by_profile else (once,)
         ks = {"none": (0,), "right": (1,)}.get(kind.places, (3, 1))
         assert {row for row in rows if row[0] == read} == {(read, profile, k) for profile in profiles for k in ks}
@@ -186,7 +186,7 @@ def test_a_profile_without_words_is_searched_and_read_as_text_only(tmp_path):
     made = sheet_of_banks(QA, {"paper": memory}, ENCODER, Wanted(ks=(2,)))
     assert {shown.read for shown in made.shown} == {
         "closed", "closed-equal", "text", "text-equal", "right-text", "right-text-equal",
-        "attend-closed", "attend-shuffled", "attend", "attend-right",
+        "attend-closed", "attend-shuffled", "attend", "attend-right", "aggregate-shuffled", "aggregate",
     }  # fmt: skip
     assert made.figures["texts"]["codes"] is None
 

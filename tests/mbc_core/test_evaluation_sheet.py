@@ -73,7 +73,9 @@ def test_an_unknown_read_and_a_cut_file_are_refused(sheet, tmp_path):
 
 
 def test_every_read_says_what_it_is():
-    assert all(kind.says and kind.adapter in ("own", "closed", "text", "attend") for kind in READS.values())
+    assert all(
+        kind.says and kind.adapter in ("own", "closed", "text", "attend", "aggregate") for kind in READS.values()
+    )
     assert {name for name, kind in READS.items() if kind.adapter != "own"} == {
         "closed-equal",
         "text-equal",
@@ -82,5 +84,7 @@ def test_every_read_says_what_it_is():
         "attend-shuffled",
         "attend",
         "attend-right",
+        "aggregate-shuffled",
+        "aggregate",
     }
     assert all((kind.store is None) == (kind.places == "none") for kind in READS.values())
