@@ -204,13 +204,12 @@ def adapt_from_set(
         DamagedFile: the set or the adapter cannot be read.
         UsageError: the live adapter that the set names is not there.
     """
-    from mbc_core import defaults
     from mbc_core.training.adapt import adapt
     from mbc_core.training.set_file import load_set
 
     source, out = settings.from_set or Path(_SET), settings.out or Path("candidate")
     found, device = load_set(source), resolve_device(settings.device)
-    base = language_model or named_model(settings.lm, settings.gguf, device) or defaults.language_model(device=device)
+    base = language_model or adapt_base(settings.lm, settings.gguf, device)
     model, start = start_from(base, found.header, settings.adapter or _live_beside(source, found.header, base.digest))
     run = _paced(settings.run(), start, base.name, say)
     done = adapt(
@@ -278,6 +277,14 @@ def named_model(name: str | None, gguf_file: str | None, device: str) -> Languag
     from mbc_core import defaults
 
     return defaults.language_model(name, gguf_file=gguf_file, device=resolve_device(device))
+
+
+def adapt_base(name: str | None, gguf_file: str | None, device: str) -> LanguageModel:
+    """The base model that ``--lm`` names, SmolLM2-135M-Instruct without it."""
+    from mbc_core import defaults
+
+    device = resolve_device(device)
+    return named_model(name, gguf_file, device) or defaults.language_model(device=device)
 
 
 def resolve_device(device: str) -> str:

@@ -22,13 +22,11 @@ from mbc_core.training.set_file import JUDGED
 from schemas.results import AddResult
 
 if TYPE_CHECKING:
-    from mbc_core.adapters import AdapterRegistry
     from mbc_core.bank import Bank
 
 CANDIDATE, SCORES = "candidate.json", "scores.json"
 FORMAT = 1
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-_SHIPPED = "shipped"
 
 
 @dataclass(frozen=True)
@@ -127,7 +125,9 @@ def add_candidate(bank: Bank, folder: Path, rule: GateRule | None = None, *, pro
     card = found.card | {"decision": decision.to_json()}
     version = registry.save_candidate_folder(folder, card, found.base_digest)
     if decision.promote and promote:
-        _promote(registry, version, found, decision)
+        start = found.card.get("started_from")
+        compared = start if start in registry.versions() else None  # shipped, a folder, or fresh weights
+        registry.promote(version, decision.sentence, expected=compared)
     return AddResult(
         candidate=version,
         promoted=decision.promote and promote,
@@ -148,12 +148,6 @@ def _decide(bank: Bank, found: CandidateFolder, rule: GateRule) -> Decision:
         told = f"it was asked the canary set {asked or '(none)'}, the bank's is {canary.name}: adapt again"
         return Decision(False, "canary", told, decision.intervals, decision.questions, rule)
     return decision
-
-
-def _promote(registry: AdapterRegistry, version: str, found: CandidateFolder, decision: Decision) -> None:
-    """Promote unless another adapter went live since the one it was compared with."""
-    start = found.card.get("started_from")
-    registry.promote(version, decision.sentence, expected=None if start == _SHIPPED else start)
 
 
 def _require_same_bank(bank: Bank, found: CandidateFolder) -> None:
