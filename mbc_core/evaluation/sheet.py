@@ -32,13 +32,14 @@ class ReadKind:
         store: how the passages are kept: ``words`` (the bank's codes), ``text``, ``text-codes``, ``truncated``,
             ``first-words``, ``address`` (codes read as vectors), ``histogram`` (of the whole bank's codes), or None for
             nothing at all.
-        places: whose passages: ``found`` by address code, the ``right`` one, ``shuffled``, or ``none``.
+        places: whose passages: ``found`` by address code, the ``right`` one, ``shuffled``, ``all`` of the bank,
+            or ``none``.
         adapter: who answers.
     """
 
     says: str
     store: str | None
-    places: Literal["found", "right", "shuffled", "none"]
+    places: Literal["found", "right", "shuffled", "all", "none"]
     adapter: Adapter = "own"
 
     @property
@@ -64,8 +65,8 @@ READS: dict[str, ReadKind] = {
     "attend-shuffled": ReadKind("address codes of another document at each place", "address", "shuffled", "attend"),
     "attend": ReadKind("address codes of the passages found, read as vectors", "address", "found", "attend"),
     "attend-right": ReadKind("address codes of the passage that answers", "address", "right", "attend"),
-    "aggregate-shuffled": ReadKind("as many codes, under other codewords", "histogram", "none", "aggregate"),
-    "aggregate": ReadKind("address codes of the whole bank at once", "histogram", "none", "aggregate"),
+    "aggregate-shuffled": ReadKind("as many codes, under other codewords", "histogram", "all", "aggregate"),
+    "aggregate": ReadKind("address codes of the whole bank at once", "histogram", "all", "aggregate"),
 }
 """Every read of ``mbc eval``, in the order of its table."""
 

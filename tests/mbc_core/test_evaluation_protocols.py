@@ -58,7 +58,7 @@ def test_every_read_is_there_once_a_profile_and_k(sheet):
     for read, kind in READS.items():
         once = {None: "-", "address": f"T{SLOTS}", "histogram": f"T{SLOTS}"}.get(kind.store, "text")
         profiles = ("compact", "default", "rich") if kind.by_profile else (once,)
-        ks = {"none": (0,), "right": (1,)}.get(kind.places, (3, 1))
+        ks = {"none": (0,), "all": (0,), "right": (1,)}.get(kind.places, (3, 1))
         assert {row for row in rows if row[0] == read} == {(read, profile, k) for profile in profiles for k in ks}
     assert [shown.read for shown in sheet.shown] == sorted((shown.read for shown in sheet.shown), key=list(READS).index)
 
