@@ -82,7 +82,7 @@ def promote_adapter(version: str, reason: str, bank: str, as_json: bool) -> None
     Example: mbc adapters promote 0001-0123456789abcdef --bank demo-bank --reason "better on our questions"
     """
     with only_json(as_json) as stream:
-        began = time.perf_counter()
+        began = _begin()
         _registry(bank).promote(version, reason)
         seconds = round(time.perf_counter() - began, 3)
         if as_json:
@@ -102,7 +102,7 @@ def rollback_adapter(base: str | None, reason: str, bank: str, as_json: bool) ->
     Example: mbc adapters rollback --bank demo-bank
     """
     with only_json(as_json) as stream:
-        began = time.perf_counter()
+        began = _begin()
         registry = _registry(bank)
         live = registry.rollback(_base_digest(registry, base), reason)
         seconds = round(time.perf_counter() - began, 3)
@@ -150,6 +150,14 @@ def _f1(score: float | None) -> str:
 
 def _pairs(told: Mapping[str, Any]) -> list[list[str]]:
     return [[name, value if isinstance(value, str) else json.dumps(value)] for name, value in told.items()]
+
+
+def _begin() -> float:
+    """The moment a change begins: after the program is loaded, before the bank is looked at."""
+    import mbc_core.adapters
+    import mbc_core.bank  # noqa: F401
+
+    return time.perf_counter()
 
 
 def _registry(bank: str) -> AdapterRegistry:
