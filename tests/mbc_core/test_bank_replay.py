@@ -14,6 +14,7 @@ import pytest
 from bank_rows import key_of, make_bank, make_slice, numbered, window
 from hypothesis import given
 from hypothesis import strategies as st
+from test_bank_s3 import endpoint, place  # noqa: F401 - fixtures
 
 from mbc_core.bank import Bank, SliceId, commit_slice
 from mbc_core.bank.compact import compact
@@ -243,3 +244,15 @@ def test_a_writer_looks_up_windows_once_and_remembers_what_it_adds(bank, monkeyp
     kept.add(window(0), np.array([0], np.uint64))
     kept.add(window(1), np.array([7, 9, 8], np.uint64))
     assert kept.floors() == {window(0): ranks[0], window(1): 8}
+
+
+def test_the_policy_the_sample_and_compact_on_s3(place):  # noqa: F811
+    bank = make_bank(place)
+    set_policy(bank, per_window=2, lifetime=3600.0)
+    add(bank, "one", numbered(0, 2))
+    add(bank, "two", numbered(2, 2))
+    ranks = sorted((priority(key_of(name), f"What of {name}?"), f"What of {name}?") for name, _ in numbered(0, 4))
+    assert asked(Bank.open(place)) == sorted(question for _, question in ranks[:2])
+    assert compact(bank, history=0)["dropped"]["replay"] == 2
+    assert asked(bank) == sorted(question for _, question in ranks[:2])
+    assert bank.replay_policy() == ReplayPolicy(2, 3600.0)
