@@ -16,6 +16,8 @@ from mbc_core.evaluation.metrics import Interval
 from mbc_core.evaluation.paired import Resampled
 
 _MIB = 1 << 20
+ADDRESS_WIDTH = 384
+"""Width of the default encoder's embeddings, which address codes split into T parts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,22 +99,29 @@ def make_report(
 
 
 def bytes_rows(counted: Counted, slots: Sequence[int], width: int, codewords: int = 512) -> list[dict[str, Any]]:
-    """MAC's floats, the paper's bank and the address codes' at every T and way of counting, for K = ``codewords``.
+    """MAC's floats and the paper's bank at every T and way of counting, for K = ``codewords``.
 
     Args:
-        width: of the language model; the address codes' d_c is 384 / T, what their entries take is the same.
+        width: of the language model; the learned codebook's d_c too. Address codes split an embedding of 384 numbers,
+            so theirs is 384 / T; their entries take the same.
     """
     rows = []
     for count in slots:
-        for unit, entries in (
-            ("passage", counted.passages), ("document", counted.documents), ("question row", counted.questions)
-        ):  # fmt: skip
-            stored = counted.stored.get(count) if unit == "passage" else None
-            found = paper_bytes(entries, count, width, codewords=codewords, stored_per_entry=stored)
+        stored = counted.stored.get(count)
+        kinds = [("passage", counted.passages, "learned", width, stored)]
+        if ADDRESS_WIDTH % count == 0:
+            kinds.append(("passage", counted.passages, "address", ADDRESS_WIDTH // count, stored))
+        kinds.append(("document", counted.documents, "learned", width, None))
+        kinds.append(("question row", counted.questions, "learned", width, None))
+        for entry, entries, codes, code_width, each in kinds:
+            found = paper_bytes(
+                entries, count, width, code_width=code_width, codewords=codewords, stored_per_entry=each
+            )
             rows.append(
                 {
                     "T": count,
-                    "entry": unit,
+                    "codes": codes,
+                    "entry": entry,
                     **asdict(found),
                     "share_indices": found.indices,
                     "share_with_codebook": found.with_codebook,
@@ -158,7 +167,7 @@ def _retention(
     """F1 on the first documents at each stop, absolute, above the equal closed book, and relative to the first stop."""
     rows: list[dict[str, Any]] = []
     for one in outcomes:
-        halts = sorted(one.retained)
+        halts = sorted(one.retained)[: 1 if one.size.kind == "none" else None]  # documents change nothing there
         if not halts:
             continue
         name = controls.get(one.name, Controls()).closed
@@ -261,17 +270,18 @@ def _bytes_table(rows: Sequence[Mapping[str, Any]]) -> str:
         "code's way to count: 64-bit indices and the codebook.\n\n"
     )
     columns = [
-        "T", "an entry is a", "entries", "MAC", "int64", "packed", "codebook", "indices", "with codebook", "all-in",
-        "int64 with codebook",
+        "T", "codes", "an entry is a", "entries", "MAC", "int64", "packed", "codebook", "indices", "with codebook",
+        "all-in", "int64 with codebook",
     ]  # fmt: skip
     return head + table(
         columns,
         [
             [
                 row["T"],
+                row["codes"],
                 row["entry"],
                 f"{row['entries']:,}",
-                f"{row['mac'] / _MIB:,.1f} MiB",
+                _bytes(row["mac"]),
                 f"{row['int64']:,}",
                 f"{row['packed']:,}",
                 f"{row['codebook']:,}",
@@ -321,4 +331,6 @@ def _bytes(count: int) -> str:
 
 
 def _share(share: float | None) -> str:
-    return "–" if share is None else f"{100 * share:.3g}%"
+    if share is None:
+        return "–"
+    return f"{100 * share:,.0f}%" if share >= 1 else f"{100 * share:.3g}%"

@@ -71,10 +71,14 @@ def test_an_empty_bank_has_no_sizes(wrong):
 
 def test_rows_count_documents_passages_and_question_rows_and_only_passages_were_stored():
     rows = bytes_rows(Counted(793, 871, 4_309, {12: 80.0}), [12, 24], 576)
-    assert [(row["T"], row["entry"], row["entries"]) for row in rows] == [
-        (12, "passage", 871), (12, "document", 793), (12, "question row", 4_309),
-        (24, "passage", 871), (24, "document", 793), (24, "question row", 4_309),
+    assert [(row["T"], row["codes"], row["entry"], row["entries"], row["codebook"]) for row in rows] == [
+        (12, "learned", "passage", 871, 1_179_648), (12, "address", "passage", 871, 65_536),
+        (12, "learned", "document", 793, 1_179_648), (12, "learned", "question row", 4_309, 1_179_648),
+        (24, "learned", "passage", 871, 1_179_648), (24, "address", "passage", 871, 32_768),
+        (24, "learned", "document", 793, 1_179_648), (24, "learned", "question row", 4_309, 1_179_648),
     ]  # fmt: skip
     assert rows[0]["share_all_in"] == (871 * 80 + 1_179_648) / (871 * 27_648)
-    assert [row["share_all_in"] for row in rows[1:]] == [None] * 5
-    assert rows[2]["int64"] == 4_309 * 96 and rows[5]["share_indices"] == 4_309 * 27 / (4_309 * 55_296)
+    assert rows[1]["share_all_in"] == (871 * 80 + 65_536) / (871 * 27_648)
+    assert [row["share_all_in"] for row in rows[2:]] == [None] * 6
+    assert rows[3]["int64"] == 4_309 * 96 and rows[7]["share_indices"] == 4_309 * 27 / (4_309 * 55_296)
+    assert [row["codes"] for row in bytes_rows(Counted(1, 1, 1, {}), [5], 576)] == ["learned"] * 3  # 5 does not divide

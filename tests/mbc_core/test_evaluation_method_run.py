@@ -153,7 +153,7 @@ def test_retention_is_absolute_above_closed_and_of_the_first_stop(report):
 
 
 def test_bytes_are_those_of_the_set_and_the_shares_are_labelled(report):
-    by = {(row["T"], row["entry"]): row for row in report["bytes"]}
+    by = {(row["T"], row["entry"]): row for row in report["bytes"] if row["codes"] == "learned"}
     assert next(iter(by)) == (12, "passage") and by[12, "passage"]["entries"] == 9
     assert by[12, "passage"]["share_all_in"] == (900 + 1_179_648) / (9 * 27_648)
     assert by[24, "passage"]["share_all_in"] is None
