@@ -205,10 +205,12 @@ class PaperModel(nn.Module):
         Returns:
             codes int64 [N, T]; with quantization off, vectors float32 [N, T, d_c] (MAC's bank).
         """
-        amortizer, quantizer = self._amortizer(), self.quantizer
-        with _evaluation(amortizer):
+        with _evaluation(self._amortizer()):
             z = self.amortize(ids, mask)
-        return quantizer.nearest(z) if quantizer is not None and self.config.quantize else z
+        if self.quantizer is None:
+            return z
+        z = self.quantizer.standardized(z)
+        return self.quantizer.nearest(z) if self.config.quantize else z
 
     def code_vectors(self) -> Tensor:
         """E, [K, d_c]: the learned codebook, or the frozen one of address codes."""

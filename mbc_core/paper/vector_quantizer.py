@@ -33,6 +33,7 @@ WAIT = 20
 """Vectors a codeword that must gather between two resets under the rule "pooled"."""
 
 _SMALLEST_COUNT = 1e-6
+_SMALLEST_VARIANCE = 1e-6
 
 
 class Quantized(NamedTuple):
@@ -65,6 +66,7 @@ class VectorQuantizer(nn.Module):
         forwards: training forwards so far, int64 scalar.
         vectors: vectors since the last reset, int64 scalar.
         resets: codes reset so far, int64 scalar.
+        z_mean, z_square: with ``standardize``: decayed mean and mean square of z, float32 [T, d_c].
     """
 
     codebook: nn.Parameter
@@ -73,6 +75,9 @@ class VectorQuantizer(nn.Module):
     forwards: Tensor
     vectors: Tensor
     resets: Tensor
+    z_mean: Tensor
+    z_square: Tensor
+    z_weight: Tensor
 
     def __init__(self, config: PaperConfig) -> None:
         super().__init__()
@@ -85,6 +90,10 @@ class VectorQuantizer(nn.Module):
         self.register_buffer("sum", torch.zeros(size, width))
         for name in ("forwards", "vectors", "resets"):
             self.register_buffer(name, torch.zeros((), dtype=torch.int64))
+        if config.standardize:
+            for name in ("z_mean", "z_square"):
+                self.register_buffer(name, torch.zeros(config.tokens, width))
+            self.register_buffer("z_weight", torch.zeros(()))
         self._watched: Optimizer | None = None
 
     def watch(self, optimizer: Optimizer) -> None:
@@ -108,11 +117,32 @@ class VectorQuantizer(nn.Module):
                 fix="build amortizer and quantizer from one configuration",
             )
         z = z.float()
-        if not self.config.quantize:
+        with torch.autocast(z.device.type, enabled=False):
+            every, start = gather_rows(z) if self.training else (z.detach(), 0)
+            if self.config.standardize:
+                if self.training:
+                    self._learn_scale(every)
+                z, every = self.standardized(z), self.standardized(every)
+            if self.config.quantize:
+                return self._quantize(z, every, start)
             zero = z.new_zeros(())
             return Quantized(z, None, zero, zero, zero.long(), z.new_zeros(0, dtype=torch.int64))
-        with torch.autocast(z.device.type, enabled=False):
-            return self._quantize(z)
+
+    def standardized(self, z: Tensor) -> Tensor:
+        """What is quantized: z [B, T, d_c] itself, or with ``standardize`` z less its mean, by its deviation."""
+        if not self.config.standardize:
+            return z
+        weight = self.z_weight.clamp(min=_SMALLEST_COUNT)  # Adam's correction of a start at zero
+        mean = self.z_mean / weight
+        variance = (self.z_square / weight - mean.square()).clamp(min=0)
+        return (z - mean) / (variance + _SMALLEST_VARIANCE).sqrt()
+
+    @torch.no_grad()
+    def _learn_scale(self, z: Tensor) -> None:
+        decay = self.config.usage_decay
+        self.z_mean.mul_(decay).add_(z.double().mean(0).float(), alpha=1 - decay)
+        self.z_square.mul_(decay).add_(z.double().square().mean(0).float(), alpha=1 - decay)
+        self.z_weight.mul_(decay).add_(1 - decay)
 
     @torch.no_grad()
     def nearest(self, vectors: Tensor) -> Tensor:
@@ -128,10 +158,10 @@ class VectorQuantizer(nn.Module):
             scores = vectors.detach().float().double() @ words.T - words.square().sum(1) / 2
             return scores.argmax(-1)
 
-    def _quantize(self, z: Tensor) -> Quantized:
+    def _quantize(self, z: Tensor, every: Tensor, first: int) -> Quantized:
+        """Vectors of this rank [B, T, d_c], of all ranks, and the passage among those that this rank starts with."""
         batch, tokens, width = z.shape
-        own = z.reshape(-1, width)
-        every, start = gather_rows(own) if self.training else (own.detach(), 0)
+        own, every, start = z.reshape(-1, width), every.reshape(-1, width), first * tokens
         indices = self.nearest(every)
         chosen = functional.embedding(indices, self.codebook)
         own_indices, own_words = (part[start : start + len(own)] for part in (indices, chosen.detach()))

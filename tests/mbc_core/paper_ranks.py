@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from mbc_core.paper.config import PaperConfig
 from mbc_core.paper.vector_quantizer import VectorQuantizer
 
-STEPS, ROWS, TOKENS, WIDTH = 60, 8, 3, 8
+STEPS, ROWS, TOKENS, WIDTH = 36, 8, 3, 8
 
 
 def global_batches() -> list[torch.Tensor]:
@@ -26,6 +26,7 @@ SETTINGS: dict[str, dict] = {
     "paper": {},
     "ema": {"codebook_by": "ema"},
     "pooled": {"reset_rule": "pooled", "dead_share": 0.5},
+    "standardized": {"standardize": True, "tokens": 3},
 }
 
 

@@ -347,3 +347,21 @@ def test_the_loss_is_the_papers_formula():
     chosen = made.codebook[found.indices]
     expected = functional.mse_loss(chosen, z) + 0.7 * functional.mse_loss(z, chosen)
     assert float(found.loss) == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_standardized_vectors_as_typed_out_and_a_passage_never_depends_on_its_neighbours_online():
+    made = quantizer([[1.0], [-1.0]], standardize=True, tokens=2, reset=False)
+    first = made(torch.tensor([[[10.0], [3.0]], [[12.0], [3.5]]]))  # each token by its own mean and deviation
+    assert first.indices.tolist() == [[1, 1], [0, 0]]
+    assert float(first.loss) == pytest.approx(0.0, abs=1e-9)
+    made(torch.tensor([[[10.0], [3.0]], [[16.0], [3.5]]]))
+    weight = 0.01 * 0.99 + 0.01
+    mean = (0.01 * 0.99 * 11 + 0.01 * 13) / weight
+    square = (0.01 * 0.99 * 122 + 0.01 * 178) / weight
+    z = torch.tensor([[[12.0], [3.25]]])
+    found = made.eval().standardized(z)
+    assert found.flatten().tolist() == pytest.approx([(12 - mean) / math.sqrt(square - mean**2), 0.0], abs=1e-4)
+    assert torch.equal(made.standardized(torch.cat([z, 9 * z]))[:1], found)
+    before = {name: value.clone() for name, value in made.state_dict().items()}
+    made(z)
+    assert all(torch.equal(value, before[name]) for name, value in made.state_dict().items())
