@@ -16,6 +16,10 @@ from mbc_core.paper.config import PaperConfig
 from mbc_core.paper.vector_quantizer import VectorQuantizer, perplexity
 
 
+def value(tensor: torch.Tensor) -> float:
+    return float(tensor.detach())
+
+
 def quantizer(words, **changes) -> VectorQuantizer:
     words = torch.tensor(words)
     config = PaperConfig(codewords=len(words), code_width=words.shape[1], **changes)
@@ -39,9 +43,9 @@ def test_the_papers_defaults():
     assert made.codebook.shape == (512, 576)
     assert made.codebook.requires_grad
     words = made.codebook.detach()
-    assert 0.99 / 512 < float(words.abs().max()) <= 1 / 512
-    assert abs(float(words.mean())) < 1e-5
-    assert float(words.std()) == pytest.approx(1 / 512 / math.sqrt(3), rel=0.01)
+    assert 0.99 / 512 < value(words.abs().max()) <= 1 / 512
+    assert abs(value(words.mean())) < 1e-5
+    assert value(words.std()) == pytest.approx(1 / 512 / math.sqrt(3), rel=0.01)
 
 
 def test_codes_loss_perplexity_and_usage_as_typed_out():
@@ -49,8 +53,8 @@ def test_codes_loss_perplexity_and_usage_as_typed_out():
     found = made(z_of([0.1, 0.0], [0.9, 0.1], [0.2, 0.0]))
     assert found.indices.tolist() == [[0, 1, 0]]
     assert found.vectors.tolist() == [[[0.0, 0.0], [1.0, 0.0], [0.0, 0.0]]]
-    assert float(found.loss) == pytest.approx(1.25 * 0.07 / 6, rel=1e-6)
-    assert float(found.perplexity) == pytest.approx(math.exp(math.log(1.5) * 2 / 3 + math.log(3) / 3), rel=1e-6)
+    assert value(found.loss) == pytest.approx(1.25 * 0.07 / 6, rel=1e-6)
+    assert value(found.perplexity) == pytest.approx(math.exp(math.log(1.5) * 2 / 3 + math.log(3) / 3), rel=1e-6)
     assert int(found.used) == 2
     assert made.usage.tolist() == pytest.approx([0.02, 0.01, 0.0, 0.0])
     assert made.codebook.tolist() == FOUR
@@ -85,9 +89,9 @@ def test_an_ema_codebook_as_typed_out_and_its_reset_holds_in_the_next_step():
     made = quantizer([[0.0], [1.0], [4.0]], codebook_by="ema")
     assert not made.codebook.requires_grad
     first = made(z_of([0.2], [0.4], [1.2]))
-    assert float(first.loss) == pytest.approx(0.25 * (0.04 + 0.16 + 0.04) / 3)
+    assert value(first.loss) == pytest.approx(0.25 * (0.04 + 0.16 + 0.04) / 3)
     assert first.reset_rows.tolist() == [2]
-    word = float(made.codebook[2])
+    word = value(made.codebook[2])
     assert any(word == pytest.approx(one) for one in (0.2, 0.4, 1.2))
     assert made.codebook[:2, 0].tolist() == pytest.approx([0.3, 1.2])
     assert made.usage.tolist() == pytest.approx([0.02, 0.01, 0.01])
@@ -96,11 +100,11 @@ def test_an_ema_codebook_as_typed_out_and_its_reset_holds_in_the_next_step():
     far = 3 * [[-9.0]]
     made(z_of(*far))
     # Code 2 was not hit; had the reset left count or sum behind, m / N would no longer be its word.
-    assert float(made.codebook[2]) == pytest.approx(word, rel=1e-5)
+    assert value(made.codebook[2]) == pytest.approx(word, rel=1e-5)
     nearest = int(np.argmin([abs(one + 9) for one in (0.3, 1.2, word)]))
     kept = [0.02, 0.01, 0.01][nearest] * 0.99
     total = [0.006, 0.012, 0.01 * word][nearest] * 0.99 - 0.27
-    assert float(made.codebook[nearest]) == pytest.approx(total / (kept + 0.03), rel=1e-5)
+    assert value(made.codebook[nearest]) == pytest.approx(total / (kept + 0.03), rel=1e-5)
 
 
 class Oracle:
@@ -189,7 +193,7 @@ def test_the_first_forwards_fill_the_codebook():
     made = VectorQuantizer(PaperConfig(codewords=64, code_width=8)).train()
     for _ in range(6):
         made(torch.randn(4, 4, 8))
-    assert float(made.usage.min()) > 1e-4
+    assert value(made.usage.min()) > 1e-4
 
 
 def test_a_code_that_is_never_used_dies_at_the_threshold_and_not_before():
@@ -269,7 +273,7 @@ def test_quantization_off_is_macs_memory():
     found = made(z)
     assert found.vectors is z
     assert found.indices is None
-    assert float(found.loss) == 0.0
+    assert value(found.loss) == 0.0
     assert not made.codebook.requires_grad
     assert all(torch.equal(value, before[name]) for name, value in made.state_dict().items())
 
@@ -291,7 +295,7 @@ def test_the_pooled_rule_waits_and_never_gives_one_document_away():
     assert waited + 5 == 20 * 4  # twenty vectors a codeword, five a forward
     assert rows.tolist() == [2]  # codes 2 and 3 are dead; five documents make one pool
     assert torch.allclose(made.codebook[2], z.mean(dim=(0, 1)), atol=1e-6)
-    assert float(made.usage[2]) == pytest.approx(float(made.usage[:2].sum()) / 4)
+    assert value(made.usage[2]) == pytest.approx(value(made.usage[:2].sum()) / 4)
     assert int(made.vectors) == 0
     assert not len(made(z).reset_rows)
 
@@ -311,8 +315,8 @@ def test_decay_may_follow_the_number_of_vectors():
 
 
 def test_perplexity():
-    assert float(perplexity(torch.tensor([3, 3, 3, 3, 0]))) == pytest.approx(4.0)
-    assert float(perplexity(torch.tensor([0, 7]))) == pytest.approx(1.0)
+    assert value(perplexity(torch.tensor([3, 3, 3, 3, 0]))) == pytest.approx(4.0)
+    assert value(perplexity(torch.tensor([0, 7]))) == pytest.approx(1.0)
 
 
 def test_equal_batches_and_seeds_give_equal_codebooks_and_a_resumed_one_goes_on_alike():
@@ -346,14 +350,14 @@ def test_the_loss_is_the_papers_formula():
     found = made(z)
     chosen = made.codebook[found.indices]
     expected = functional.mse_loss(chosen, z) + 0.7 * functional.mse_loss(z, chosen)
-    assert float(found.loss) == pytest.approx(float(expected), rel=1e-6)
+    assert value(found.loss) == pytest.approx(value(expected), rel=1e-6)
 
 
 def test_standardized_vectors_as_typed_out_and_a_passage_never_depends_on_its_neighbours_online():
     made = quantizer([[1.0], [-1.0]], standardize=True, tokens=2, reset=False)
     first = made(torch.tensor([[[10.0], [3.0]], [[12.0], [3.5]]]))  # each token by its own mean and deviation
     assert first.indices.tolist() == [[1, 1], [0, 0]]
-    assert float(first.loss) == pytest.approx(0.0, abs=1e-9)
+    assert value(first.loss) == pytest.approx(0.0, abs=1e-9)
     made(torch.tensor([[[10.0], [3.0]], [[16.0], [3.5]]]))
     weight = 0.01 * 0.99 + 0.01
     mean = (0.01 * 0.99 * 11 + 0.01 * 13) / weight
