@@ -81,11 +81,11 @@ def test_nor_on_runs_workers_and_shards(tmp_path, expected):
 def test_nor_on_panes_late_ones_a_restart_or_compact_between(tmp_path, expected):
     bank = new_bank(tmp_path)
     plan = plan_of(bank, lateness=30 * DAY, shards=2)
-    on_time, late = DATED[::2], DATED[1::2]
+    on_time, late = DATED[::2], [DATED[1::2][start : start + 6] for start in range(0, len(DATED) // 2, 6)]
     in_order = sorted(on_time, key=lambda one: one.event_time)
-    run([in_order, Watermark(12 * DAY), *([one] for one in late[:25])], plan)
+    run([in_order, Watermark(12 * DAY), *late[:4]], plan)
     compact(bank, history=0, safe_age=0)
-    run([in_order, Watermark(12 * DAY), *([one] for one in late)], plan)
+    run([in_order, Watermark(12 * DAY), *late], plan)
     assert sample(bank) == expected
     compact(bank, history=0, safe_age=0)
     assert sample(bank) == expected
