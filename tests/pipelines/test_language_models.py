@@ -20,9 +20,10 @@ from mbc_core.lexicon import Lexicon
 from mbc_core.memory import Memory, Reader
 from mbc_core.reader.kv_lora import KVLoraConfig, adapter_base, adapter_config, add_kv_lora, save_adapter
 from mbc_core.reader.language_model import LanguageModel, load_language_model
-from mbc_core.training import adapt as core
+from mbc_core.training import candidate
 from mbc_core.training import reader as reader_module
 from mbc_core.training.adapt import AdaptRun
+from mbc_core.training.gate import Decision, GateRule
 from pipelines.adapt import _FRESH_LR, run_adapt
 from pipelines.ingest import run_ingest
 from pipelines.main import build
@@ -69,7 +70,8 @@ def mbc(monkeypatch):
         return opened(bank, TinyEncoder(), **{**options, "lexicon": Lexicon([]), "rotation": rotation()})
 
     monkeypatch.setattr(Memory, "open", open_tiny)
-    monkeypatch.setattr(core, "decide", lambda before, after: (True, "better by decree"))
+    decision = Decision(True, "promoted", "better by decree", {}, {}, GateRule())
+    monkeypatch.setattr(candidate, "decide", lambda *scores: decision)
     return lambda *words: run(build(), [str(word) for word in words])
 
 
