@@ -136,6 +136,37 @@ def test_a_candidate_is_taken_in_only_by_its_bank_and_only_whole(bank, tmp_path,
         add_candidate(bank, tmp_path / "out")
 
 
+class Stop(Exception):
+    """The moment at which a job is cut off."""
+
+
+@pytest.mark.slow
+def test_a_job_that_was_cut_off_goes_on_with_the_set_it_had(bank, tmp_path, monkeypatch):
+    run, work, said = AdaptRun(steps=6, batch=4, evaluate_every=2, patience=None), tmp_path / "work", []
+
+    def cut(line: str) -> None:
+        if "step 4, " in line:
+            raise Stop
+
+    with pytest.raises(Stop):
+        run_adapt(bank, run, checkpoint=work, say=cut, **pieces())
+    instant = load_set(work / "set.jsonl.gz").header.as_of
+    result = run_adapt(bank, run, checkpoint=work, say=said.append, **pieces())
+    assert f"taking up the unfinished run of {instant}" in said
+    assert any(line.startswith("going on after step 2") for line in said) and list(work.iterdir()) == []
+    assert AdapterRegistry(bank).info(result["candidate"]).card["instant"] == instant
+
+    with pytest.raises(Stop):
+        run_adapt(bank, run, checkpoint=work, say=cut, **pieces())
+    with pytest.raises(UsageError, match="the checkpoint belongs to another run"):
+        run_adapt(bank, AdaptRun(steps=6, batch=4, seed=9), checkpoint=work, **pieces())
+    AdapterRegistry(bank).promote(result["candidate"], "by hand, meanwhile")
+    said.clear()
+    fresh = run_adapt(bank, run, checkpoint=work, say=said.append, **pieces())
+    assert any("is given up: another adapter is live by now" in line for line in said)
+    assert AdapterRegistry(bank).info(fresh["candidate"]).card["started_from"] == result["candidate"]
+
+
 def test_the_live_adapter_must_be_beside_the_set(bank, tmp_path, monkeypatch):
     source = tmp_path / "set.jsonl.gz"
     write_set(AdaptSettings(bank=bank.uri, write_set=source, device="cpu"), **bank_pieces())
