@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from mbc_core.errors import UsageError
 from mbc_core.evaluation.methods import BankSize, MethodSet, folder_digest
 from mbc_core.lexicon import Lexicon
-from mbc_core.reader.generate import answer_prompts
+from mbc_core.reader.generate import NEW_TOKENS, answer_prompts
 from mbc_core.reader.kv_lora import load_adapter
 from mbc_core.reader.language_model import HfModel, LanguageModel
 from mbc_core.reader.prompt import PromptFormat
@@ -163,7 +163,7 @@ class OnlineTuning:
         self._form = PromptFormat(base.tokenizer)
         self._weights = TokenWeights(self._form, lexicon, run, base.pad_id)
         told = [
-            base.digest, folder_digest(adapter) if adapter else "", asdict(run), SPAN_BUDGET,
+            base.digest, folder_digest(adapter) if adapter else "", asdict(run), SPAN_BUDGET, NEW_TOKENS,
             lexicon.digest if lexicon is not None and run.weighting == "salient" else "",
         ]  # fmt: skip
         self.identity = hashlib.sha256(json.dumps(told).encode()).hexdigest()
