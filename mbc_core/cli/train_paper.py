@@ -106,6 +106,13 @@ def paper_data_command(
 @click.option("--questions", type=click.IntRange(1), default=2, show_default=True, help="Questions of each passage.")
 @click.option("--banks", default="1,4,16,64", show_default=True, help="Sizes of banks; a step draws one.")
 @click.option("--held-out-bank", type=click.IntRange(1), default=16, show_default=True)
+@click.option(
+    "--grow-every", type=click.IntRange(0), default=0, show_default=True, help="Steps until the next bank size."
+)
+@click.option(
+    "--cue-steps", type=click.IntRange(0), default=0, show_default=True, help="First steps that ask for words too."
+)
+@click.option("--standardize/--no-standardize", default=True, show_default=True, help="Center z before quantizing.")
 @click.option("--lr", type=float, default=5e-4, show_default=True, help="Highest learning rate of the new parts.")
 @click.option("--encoder-lr", type=float, default=5e-5, show_default=True)
 @click.option("--lora-lr", type=float, default=7e-4, show_default=True)
@@ -117,6 +124,9 @@ def paper_data_command(
     help="Stop when the held-out loss improved by no more than this share over the last third; 0: never.",
 )  # fmt: skip
 @click.option("--precision", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto", show_default=True)
+@click.option(
+    "--compile/--no-compile", "compile_layers", default=True, show_default=True, help="Compile layers on a GPU."
+)
 @click.option("--lambda-vq", type=float, default=1.0, show_default=True)
 @click.option(
     "--evaluate", multiple=True, metavar="NAME=FILE", help="Sets of `mbc train paper-data` to answer at the end."

@@ -25,6 +25,7 @@ from mbc_core.training.data import SHIP_EXCLUDED_SOURCES
 from mbc_core.training.paper_batches import Draw, OnDevice
 from mbc_core.training.paper_checkpoint import PaperProgress, load_checkpoint, save_checkpoint
 from mbc_core.training.paper_data import PaperData
+from mbc_core.training.paper_layers import LayerLoop
 from mbc_core.training.paper_ranks import Ranks
 from mbc_core.training.paper_run import PaperRun, cool_when_due, pace, parameter_groups
 from mbc_core.training.paper_step import Losses, Shown, step_losses
@@ -52,11 +53,19 @@ class PaperTrainer:
         self.model, self.on_device, self.run, self.ranks = model, on_device, run, ranks or Ranks()
         self.device = on_device.device
         keep = model.config.backprop_keep
+        if run.cue_steps and not data.words.lengths.all():
+            raise UsageError(
+                "the data know no words to ask for",
+                value=f"{int((data.words.lengths == 0).sum())} passages without",
+                cause="they were made without a salience head, or from QA files",
+                fix="make them from a folder of `mbc train prepare --salience`, or leave --cue-steps out",
+            )
         self.draw = Draw(
             data, documents=run.documents, questions=run.questions, banks=run.banks, keep=keep,
-            max_tokens=run.max_tokens,
+            max_tokens=run.max_tokens, grow_every=run.grow_every, cue_steps=run.cue_steps,
         )  # fmt: skip
-        self.held_out = _held_out_draw(data, run)
+        self.held_out = _held_out_draw(data, run, run.held_out_bank)
+        self.alone = _held_out_draw(data, run, 1)
         self.parameters = model.learned_parameters()
         self.optimizer = torch.optim.AdamW(
             parameter_groups(self.parameters, run), lr=run.lr, fused=self.device.type == "cuda"
@@ -64,6 +73,8 @@ class PaperTrainer:
         if model.quantizer is not None:
             model.quantizer.watch(self.optimizer)
         self.progress = PaperProgress()
+        lm, wanted = model.language_model.model, run.compile_layers and self.device.type == "cuda"
+        self.layers = LayerLoop(lm, compiled=True) if wanted and LayerLoop.fits(lm) else None
         self._since: dict[str, Tensor] = {}
 
     @property
@@ -85,7 +96,7 @@ class PaperTrainer:
         torch.manual_seed((run.seed * 1_000_003 + progress.step) * 64 + self.ranks.rank)
         self.model.train()
         with self._autocast():
-            losses = step_losses(self.model, self.on_device.batch(own), "none" if run.closed else "own")
+            losses = step_losses(self.model, self.on_device.batch(own), "none" if run.closed else "own", self.layers)
         answer = losses.answer / self.on_device.answer_tokens(chosen)
         # Gradients are averaged over ranks: each rank's share of the sum counts once.
         total = answer * self.ranks.count + self.model.config.lambda_vq * losses.vq
@@ -96,18 +107,24 @@ class PaperTrainer:
 
     def look(self) -> dict[str, float | int]:
         """Held-out loss a token with the right bank and with another one, codes used and their perplexity."""
-        shown: tuple[Shown, ...] = ("none",) if self.run.closed else ("own", "other")
+        if self.run.closed:
+            return self._look(self.held_out, ("none",)) | self._averages()
+        single = {f"{name}_of_one": loss for name, loss in self._look(self.alone, ("own", "other")).items()}
+        kept = {name: single[name] for name in ("held_out_loss_of_one", "held_out_shuffled_of_one")}
+        return self._look(self.held_out, ("own", "other")) | kept | self._averages()
+
+    def _look(self, draw: Draw, shown: tuple[Shown, ...]) -> dict[str, float | int]:
         sums = {name: torch.zeros((), device=self.device) for name in shown}
         counts = torch.zeros(self.model.config.codewords, dtype=torch.int64, device=self.device)
         tokens = 0
         self.model.eval()
-        for number in range(self.held_out.steps_per_epoch):
-            chosen = self.held_out.step(_LOOK_SEED, number)
+        for number in range(draw.steps_per_epoch):
+            chosen = draw.step(_LOOK_SEED, number)
             batch = self.on_device.batch(chosen)
             tokens += self.on_device.answer_tokens(chosen)
             for name in shown:
-                with torch.no_grad(), self._autocast():
-                    losses = step_losses(self.model, batch, name)
+                with torch.no_grad(), self._autocast(), torch.compiler.set_stance("force_eager"):
+                    losses = step_losses(self.model, batch, name, self.layers)
                 sums[name] += losses.answer
                 indices = losses.quantized.indices if losses.quantized is not None else batch.codes
                 if name == "own" and indices is not None:
@@ -117,7 +134,7 @@ class PaperTrainer:
             share = counts.double() / counts.sum()
             found["held_out_used"] = int((counts > 0).sum())
             found["held_out_perplexity"] = float(torch.exp(-(share * share.clamp(min=1e-30).log()).sum()))
-        return found | self._averages()
+        return found
 
     def save(self, folder: Path) -> None:
         """Leave a checkpoint."""
@@ -193,13 +210,21 @@ def train_paper(
     elif leads:
         out_dir.mkdir(parents=True, exist_ok=True)
         (out_dir / "curve.jsonl").unlink(missing_ok=True)
-    clock, saved = _Clock(trainer), time.monotonic()
+    if trainer.layers is not None:
+        trainer.layers.begin()
+    clock, began = _Clock(trainer), time.monotonic()
+    saved, over = began, False
     while not progress.finished:
-        trainer.step()
-        if progress.step % _SYNC_EVERY == 0:
+        if clock.first:
+            _first_step(trainer, say)
+            clock.restart()  # what a compiler took is no training
+        else:
+            trainer.step()
+        if progress.step % _SYNC_EVERY == 0 or run.call_minutes == 0:
             clock.tick()
+            spent = trainer.ranks.agreed(time.monotonic() - began)
+            over = run.call_minutes is not None and spent >= 60 * run.call_minutes
         cool_when_due(progress, run)
-        over = run.call_minutes is not None and clock.this_call >= 60 * run.call_minutes
         if progress.step % run.look_every == 0 or progress.finished:
             clock.tick()
             _look(trainer, out_dir, say)
@@ -210,6 +235,8 @@ def train_paper(
         if over:
             break
     clock.tick()
+    if trainer.layers is not None:
+        trainer.layers.end()
     if leads:
         trainer.save(folder)
     return progress.finished
@@ -237,6 +264,7 @@ def paper_card(trainer: PaperTrainer, data: PaperData, curve: list[dict[str, Any
         "seconds": round(progress.seconds, 1),
         "epochs": round(progress.step / trainer.draw.steps_per_epoch, 2),
         "processes": trainer.ranks.count,
+        "compiled": trainer.layers is not None,
         "parameters": {
             "learned": sum(one.numel() for one in names.values()),
             "kv_lora": sum(one.numel() for name, one in names.items() if "lora_" in name),
@@ -298,18 +326,30 @@ class _Clock:
 
     def __init__(self, trainer: PaperTrainer) -> None:
         self._trainer = trainer
-        self._first = trainer.progress.seconds
         self.restart()
-
-    @property
-    def this_call(self) -> float:
-        return self._trainer.progress.seconds - self._first
+        self.first = True
 
     def tick(self) -> None:
         self._trainer.progress.seconds = self._trainer.ranks.agreed(self._before + time.monotonic() - self._start)
 
     def restart(self) -> None:
         self._before, self._start = self._trainer.progress.seconds, time.monotonic()
+        self.first = False
+
+
+def _first_step(trainer: PaperTrainer, say: Callable[[str], None]) -> None:
+    """One step; when the compiler fails on this machine, go on without it and say so."""
+    try:
+        trainer.step()
+    except Exception as error:
+        if trainer.layers is None or not trainer.layers.compiled or isinstance(error, torch.OutOfMemoryError):
+            raise
+        say(f"compiling failed ({type(error).__name__}: {str(error)[:200]}); going on uncompiled")
+        trainer.layers.end()
+        trainer.layers = None
+        torch.compiler.set_stance("force_eager")
+        trainer.optimizer.zero_grad(set_to_none=True)
+        trainer.step()
 
 
 def _look(trainer: PaperTrainer, out_dir: Path, say: Callable[[str], None]) -> None:
@@ -329,12 +369,11 @@ def _look(trainer: PaperTrainer, out_dir: Path, say: Callable[[str], None]) -> N
     say("  ".join(f"{name} {value:.5g}" for name, value in line.items()))
 
 
-def _held_out_draw(data: PaperData, run: PaperRun) -> Draw:
+def _held_out_draw(data: PaperData, run: PaperRun, bank: int) -> Draw:
     """Every look asks the same questions, in banks of one size."""
     lengths = data.prompts.lengths + data.answers.lengths
     rows = data.rows[data.held_out[data.rows] & (lengths <= run.max_tokens)]
     there = len(set(rows.tolist()))
-    bank = run.held_out_bank
     documents = min(run.documents, there) // bank * bank
     if documents < 2 * bank:
         raise UsageError(

@@ -21,6 +21,7 @@ from mbc_core.training.batches import Int64, Ragged, spread
 from mbc_core.training.paper_data import PaperData
 
 _PAD_TO = 8
+_CUED = 0.75
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +33,14 @@ class Chosen:
         questions: int64 [D · q], those of each passage in turn.
         bank: passages a bank; divides D.
         kept: bool [D], passages that gradients flow into.
+        cued: the questions ask for words of their passage instead of the answer.
     """
 
     documents: Int64
     questions: Int64
     bank: int
     kept: NDArray[np.bool_]
+    cued: bool = False
 
     @property
     def banks(self) -> int:
@@ -59,7 +62,7 @@ class Chosen:
             )
         few, many = len(self.documents) // ranks, len(self.questions) // ranks
         own, asked = slice(rank * few, (rank + 1) * few), slice(rank * many, (rank + 1) * many)
-        return Chosen(self.documents[own], self.questions[asked], self.bank, self.kept[own])
+        return Chosen(self.documents[own], self.questions[asked], self.bank, self.kept[own], self.cued)
 
 
 class Draw:
@@ -73,6 +76,8 @@ class Draw:
         banks: sizes of banks; each step takes one of them.
         keep: share of the passages that gradients flow into.
         max_tokens: most tokens of a question with its answer; longer ones are left out.
+        grow_every: steps after which the next of ``banks`` is drawn too; 0: all from the start.
+        cue_steps: over so many steps the share of steps that ask for words instead falls from 3/4 to nothing.
 
     Attributes:
         left_out: questions that are too long.
@@ -92,7 +97,10 @@ class Draw:
         banks: Sequence[int] = (16,),
         keep: float = 1.0,
         max_tokens: int = 40,
+        grow_every: int = 0,
+        cue_steps: int = 0,
     ) -> None:
+        self._grow_every, self._cue_steps = grow_every, cue_steps
         self.documents, self.per_document, self.banks, self.keep = documents, questions, tuple(banks), keep
         wrong = [one for one in self.banks if one < 1 or documents % one]
         if wrong or not self.banks:
@@ -124,12 +132,14 @@ class Draw:
         documents, questions = self._epoch(seed, epoch)
         own = slice(place * self.documents, (place + 1) * self.documents)
         rng = np.random.default_rng([seed, number, 1])
-        bank = self.banks[int(rng.integers(len(self.banks)))]
+        there = min(len(self.banks), 1 + number // self._grow_every) if self._grow_every else len(self.banks)
+        bank = self.banks[int(rng.integers(there))]
+        cued = bool(rng.random() < _CUED * (1 - number / self._cue_steps)) if number < self._cue_steps else False
         kept = np.zeros(self.documents, dtype=bool)
         most = max(1, round(self.keep * bank))
         for start in range(0, self.documents, bank):  # of every bank the same share
             kept[start + rng.permutation(bank)[:most]] = True
-        return Chosen(documents[own], questions[own].reshape(-1), bank, kept)
+        return Chosen(documents[own], questions[own].reshape(-1), bank, kept, cued)
 
     def _make_epoch(self, seed: int, epoch: int) -> tuple[Int64, NDArray[np.int64]]:
         """Passages int64 [n] and their questions int64 [n, q], in a new order each epoch."""
@@ -211,6 +221,9 @@ class OnDevice:
         self._answer_lengths = np.minimum(data.answers.lengths, max_tokens - self._prompt_lengths)
         whole = _joined(data.prompts, data.answers)
         self._sequences = _matrix(whole, max_tokens, pad_id, device)
+        words = _taken(data.words, data.rows)
+        self._cue_lengths, self._word_lengths = data.cues.lengths, words.lengths
+        self._cues = _matrix(_joined(data.cues, words), None, pad_id, device)
         self._passage_lengths, self._asked_lengths = data.passages.lengths, data.asked.lengths
         self._passages = None if slots is not None else _matrix(data.passages, None, encoder_pad_id, device)
         self._asked = None if embeddings is not None else _matrix(data.asked, None, encoder_pad_id, device)
@@ -220,9 +233,10 @@ class OnDevice:
     def batch(self, chosen: Chosen) -> Batch:
         """The tokens of ``chosen``; nothing here waits for the device."""
         documents, questions = self._sent(chosen.documents), self._sent(chosen.questions)
-        starts, lengths = self._prompt_lengths[chosen.questions], self._answer_lengths[chosen.questions]
-        longest = _padded(int((starts + lengths).max()), self._sequences.shape[1])
-        ids = self._sequences[questions, :longest]
+        starts, lengths = self._lengths(chosen)
+        sequences = self._cues if chosen.cued else self._sequences
+        longest = _padded(int((starts + lengths).max()), sequences.shape[1])
+        ids = sequences[questions, :longest]
         flat = spread(np.arange(len(starts)) * longest + starts, lengths)
         places = self._sent(flat)
         asked = mask = None
@@ -245,7 +259,7 @@ class OnDevice:
 
     def answer_tokens(self, chosen: Chosen) -> int:
         """How many tokens the answers of a whole step have."""
-        return int(self._answer_lengths[chosen.questions].sum())
+        return int(self._lengths(chosen)[1].sum())
 
     def passage_batches(self, rows: Int64, batch_tokens: int) -> list[tuple[Int64, Tensor, Tensor]]:
         """All of ``rows`` for the encoder: (rows, ids, mask), sorted by length, at most ``batch_tokens`` padded tokens.
@@ -281,6 +295,11 @@ class OnDevice:
             return (self._embeddings[sent],)
         assert self._asked is not None
         return self._cut(self._asked, sent, self._asked_lengths[questions])
+
+    def _lengths(self, chosen: Chosen) -> tuple[Int64, Int64]:
+        """Tokens of each prompt, and of what is to follow it."""
+        held = (self._cue_lengths, self._word_lengths) if chosen.cued else (self._prompt_lengths, self._answer_lengths)
+        return held[0][chosen.questions], held[1][chosen.questions]
 
     def _passage_chunks(self, chosen: Chosen) -> tuple[tuple[tuple[Tensor, Tensor], ...], int, Tensor | None]:
         if self._passages is None:
@@ -319,6 +338,12 @@ def _matrix(lists: Ragged, longest: int | None, pad_id: int, device: torch.devic
     places = spread(np.arange(len(lengths)) * width, lengths)
     made.reshape(-1)[places] = lists.values[spread(lists.starts, lengths)]
     return torch.from_numpy(made).to(device)
+
+
+def _taken(lists: Ragged, rows: Int64) -> Ragged:
+    """The lists ``rows``, which may repeat."""
+    lengths = lists.lengths[rows]
+    return Ragged(lists.values[spread(lists.starts[rows], lengths)], np.cumsum(lengths) - lengths, lengths)
 
 
 def _joined(first: Ragged, second: Ragged) -> Ragged:

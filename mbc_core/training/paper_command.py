@@ -27,6 +27,8 @@ from mbc_core.training.paper_ranks import Ranks
 from mbc_core.training.paper_run import PaperRun
 
 Say = Callable[[str], None]
+_SOFT = 0.3
+
 _STRANGERS = 4096
 """Training passages that shuffled banks are drawn from: as many as the largest set to measure on, or more."""
 
@@ -62,6 +64,9 @@ class PaperOptions:
     questions: int
     banks: str
     held_out_bank: int
+    grow_every: int
+    cue_steps: int
+    standardize: bool
     lr: float
     encoder_lr: float
     lora_lr: float
@@ -70,6 +75,7 @@ class PaperOptions:
     look_every: int
     flat: float
     precision: str
+    compile_layers: bool
     lambda_vq: float
     evaluate: tuple[str, ...]
     evaluate_questions: int
@@ -95,6 +101,8 @@ class PaperOptions:
             questions=self.questions,
             banks=tuple(int(part) for part in parts),
             held_out_bank=self.held_out_bank,
+            grow_every=self.grow_every,
+            cue_steps=self.cue_steps,
             lr=self.lr,
             encoder_lr=self.encoder_lr,
             lora_lr=self.lora_lr,
@@ -104,6 +112,7 @@ class PaperOptions:
             flat=self.flat or None,
             closed=self.closed,
             bf16=bf16,
+            compile_layers=self.compile_layers,
             seed=self.seed,
         )
 
@@ -135,6 +144,7 @@ class PaperOptions:
             codebook_by=self.codebook_by,
             lambda_vq=self.lambda_vq,
             train_encoder=self.train_encoder,
+            standardize=self.standardize,
             **shared,
         )
 
@@ -186,13 +196,23 @@ def build_model(told: PaperOptions, base: LanguageModel) -> PaperModel:
     encoder_width = int(json.loads((told.encoder / "config.json").read_text())["hidden_size"])
     config = told.config(int(base.model.config.hidden_size), encoder_width)
     if told.codes == "learned":
-        encoder, asker = (sentence_encoder(told.encoder, base.device) for _ in range(2))
-        return PaperModel(config, base, encoder=encoder, question_encoder=asker)
+        encoder = sentence_encoder(told.encoder, base.device)
+        asker = sentence_encoder(told.encoder, base.device) if config.train_encoder else encoder
+        return softened(PaperModel(config, base, encoder=encoder, question_encoder=asker))
     if told.codebook_file is None:
         raise UsageError("address codes need their codebook", value="none given", fix="name it with --codebook FILE")
     words = Codebook.from_bytes(told.codebook_file.read_bytes(), str(told.codebook_file)).codewords
     config = replace(config, codewords=len(words))
-    return PaperModel(config, base, codewords=torch.from_numpy(words).to(base.device))
+    return softened(PaperModel(config, base, codewords=torch.from_numpy(words).to(base.device)))
+
+
+@torch.no_grad()
+def softened(model: PaperModel) -> PaperModel:
+    """A fresh model whose prefix starts out small: at full size it costs SmolLM2 three nats a token to begin with."""
+    for name, one in model.prefix.named_parameters():
+        if name.startswith(("outer", "skip")):
+            one.mul_(_SOFT)
+    return model
 
 
 def question_embeddings(data: PaperData, folder: Path, device: torch.device) -> NDArray[Any]:

@@ -27,7 +27,8 @@ from mbc_core.training.prepared import Prepared
 
 FORMAT = "mbc-paper-data/1"
 _METADATA = "mbc"
-_LISTS = ("passages", "asked", "prompts", "answers")
+_LISTS = ("passages", "asked", "prompts", "answers", "cues", "words")
+_WORDS, _WORD_TOKENS = 8, 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +38,8 @@ class PaperData:
     Attributes:
         passages, asked: the encoder's tokens of each passage and question, special tokens included.
         prompts, answers: the language model's tokens of each question as it is asked, and of its first answer.
+        cues, words: for learning to read codes at all: each question asking for the words of its passage, and each
+            passage's most salient words in text order, ended; empty lists where no words are known.
         rows: int64 [Q], the passage that answers each question.
         held_out: bool [N], passages that are never trained on.
         codes: T → uint16 [N, T], the passages' address codes.
@@ -48,6 +51,8 @@ class PaperData:
     asked: Ragged
     prompts: Ragged
     answers: Ragged
+    cues: Ragged
+    words: Ragged
     rows: Int64
     held_out: NDArray[np.bool_]
     codes: Mapping[int, NDArray[np.uint16]]
@@ -119,9 +124,9 @@ class PaperData:
         return made
 
     def _require_whole(self) -> None:
-        counts = {len(getattr(self, name).lengths) for name in ("asked", "prompts", "answers")}
+        counts = {len(getattr(self, name).lengths) for name in ("asked", "prompts", "answers", "cues")}
         counts |= {len(self.rows), len(self.questions), len(self.accepted)}
-        passages = {len(self), len(self.held_out), *(len(one) for one in self.codes.values())}
+        passages = {len(self), len(self.held_out), len(self.words.lengths), *(len(one) for one in self.codes.values())}
         if len(counts) != 1 or len(passages) != 1:
             raise ValueError(f"{sorted(counts)} questions, {sorted(passages)} passages")
         if len(self.rows) and not 0 <= self.rows.min() <= self.rows.max() < len(self):
@@ -145,7 +150,9 @@ def data_of_prepared(prepared: Prepared, encoder: PassageEncoder, form: PromptFo
         TrainingPassage(name, source, text, tuple(own), split)
         for (name, source, text, split), own in zip(columns, asked, strict=True)
     ]
-    return _tokenised(passages, prepared.embeddings, encoder, form, **pieces)
+    scores = [np.array(one, dtype=np.float32) for one in prepared.table["scores"].to_pylist()]
+    words = [_salient(*one) for one in zip(prepared.table["words"].to_pylist(), scores, strict=True)]
+    return _tokenised(passages, prepared.embeddings, encoder, form, words=words, **pieces)
 
 
 def data_of_passages(
@@ -187,11 +194,14 @@ def _tokenised(
     *,
     rotation: Rotation | None = None,
     codebooks: Sequence[Codebook] = (),
+    words: Sequence[str] | None = None,
 ) -> PaperData:
     if not passages:
         raise UsageError("there are no passages to train on", value=0, fix="give files with passages and questions")
     asked = [(question, answers, row) for row, one in enumerate(passages) for question, answers in one.questions]
     spelt = [f"Question: {' '.join(question.split())}\nAnswer:" for question, _, _ in asked]
+    cued = [f"Question: {' '.join(question.split())}\nWords:" for question, _, _ in asked]
+    kept = form.encode_many([" " + one for one in words]) if words is not None else [[] for _ in passages]
     answered = [" " + " ".join(answers[0].split()) for _, answers, _ in asked]
     codes = _address_codes(embeddings, rotation, codebooks)
     names, counts = np.unique([one.source for one in passages], return_counts=True)
@@ -200,6 +210,8 @@ def _tokenised(
         asked=Ragged.of(encoder.question_tokens([question for question, _, _ in asked])),
         prompts=Ragged.of([[*form.start, *ids] for ids in form.encode_many(spelt)]),
         answers=Ragged.of([[*ids, *form.end] for ids in form.encode_many(answered)]),
+        cues=Ragged.of([[*form.start, *ids] for ids in form.encode_many(cued)]),
+        words=Ragged.of([[*ids[:_WORD_TOKENS], *form.end] if words is not None else [] for ids in kept]),
         rows=np.array([row for _, _, row in asked], dtype=np.int64),
         held_out=np.array([passage.split == "dev" for passage in passages]),
         codes=codes,
@@ -212,6 +224,16 @@ def _tokenised(
             "codebooks": {str(slots): one.digest for slots, one in zip(codes, codebooks, strict=True)},
         },
     )
+
+
+def _salient(words: Sequence[str], scores: NDArray[np.float32]) -> str:
+    """The words that score best, each once, in text order."""
+    best: dict[str, int] = {}
+    for place in np.argsort(-scores, kind="stable").tolist():
+        best.setdefault(words[place].casefold(), place)
+        if len(best) == _WORDS:
+            break
+    return " ".join(words[place] for place in sorted(best.values()))
 
 
 def _address_codes(

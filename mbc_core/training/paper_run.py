@@ -21,7 +21,10 @@ class PaperRun:
         call_minutes: stop this call after so many minutes and leave a checkpoint to go on from.
         documents, questions: passages a step and questions of each.
         banks: sizes of the banks that a step is cut into; every step draws one.
-        held_out_bank: size of the banks that the held-out loss is measured with.
+        grow_every: steps after which the next size of ``banks`` is drawn too: small banks first; 0: all at once.
+        cue_steps: over so many first steps some ask for the words of the right passage instead of the answer, ever
+            fewer: a plain signal to read codes by. Not in the paper.
+        held_out_bank: size of the banks that the held-out loss is measured with; that of single passages is told too.
         max_tokens: most tokens of a question with its answer.
         lr, encoder_lr, lora_lr, codebook_lr: highest learning rates of the new parts, of a fine-tuned sentence encoder,
             of KV-LoRA and of a codebook that learns by gradient.
@@ -31,6 +34,7 @@ class PaperRun:
         flat: improvement (a share of the loss) over the last third of the looks under which it is flat; None: never.
         closed: train the closed book instead: the same questions and parts, banks that say nothing.
         bf16: compute in bfloat16 where that is safe (codes and losses stay in float32).
+        compile_layers: compile the language model's layers (on a GPU, where the model is a Llama-like one).
         chunks: pieces of like length in which passages are encoded.
     """
 
@@ -40,6 +44,8 @@ class PaperRun:
     documents: int = 128
     questions: int = 2
     banks: tuple[int, ...] = (1, 4, 16, 64)
+    grow_every: int = 0
+    cue_steps: int = 0
     held_out_bank: int = 16
     max_tokens: int = 40
     lr: float = 5e-4
@@ -54,6 +60,7 @@ class PaperRun:
     flat: float | None = 0.002
     closed: bool = False
     bf16: bool = True
+    compile_layers: bool = True
     chunks: int = 3
     seed: int = 0
 
@@ -78,8 +85,14 @@ def cool_when_due(progress: PaperProgress, run: PaperRun) -> None:
     if done[reason] >= 1 - run.cool_down:
         left = progress.step / done[reason] - progress.step
         begin(progress, reason, round(left))
-    elif run.flat is not None and is_flat(progress.looks, run.flat):
+    elif run.flat is not None and is_flat(_settled(progress.looks, run), run.flat):
         begin(progress, "flat", round(progress.step * run.cool_down / (1 - run.cool_down)))
+
+
+def _settled(looks: Sequence[tuple[int, float]], run: PaperRun) -> list[tuple[int, float]]:
+    """The looks since banks of every size are drawn and no step asks for words any more."""
+    first = max(run.grow_every * (len(run.banks) - 1), run.cue_steps)
+    return [(step, loss) for step, loss in looks if step >= first]
 
 
 def begin(progress: PaperProgress, reason: str, steps: int) -> None:
@@ -97,7 +110,7 @@ def is_flat(looks: Sequence[tuple[int, float]], least: float) -> bool:
     """
     if len(looks) < _LEAST_LOOKS:
         return False
-    border = looks[-1][0] * 2 / 3
+    border = looks[0][0] + (looks[-1][0] - looks[0][0]) * 2 / 3
     before = min(loss for step, loss in looks if step <= border)
     after = min(loss for step, loss in looks if step > border)
     return after > before * (1 - least)

@@ -6,6 +6,7 @@ of its own step, cut into banks; the controls swap whole banks (``other``) or sh
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
@@ -36,11 +37,22 @@ class Losses(NamedTuple):
     quantized: Quantized | None
 
 
-def step_losses(model: PaperModel, batch: Batch, shown: Shown = "own") -> Losses:
-    """Forward pass of one batch, on the device it is on."""
+def step_losses(
+    model: PaperModel, batch: Batch, shown: Shown = "own", layers: Callable[[Tensor, Pairs], Tensor] | None = None
+) -> Losses:
+    """Forward pass of one batch, on the device it is on.
+
+    Args:
+        layers: runs the language model (:class:`mbc_core.training.paper_layers.LayerLoop`); None: its own forward pass.
+    """
     vectors, quantized = (None, None) if shown == "none" else _code_vectors(model, batch)
     pairs = _prefix(model, batch, vectors, shown)
-    answer = model.answer_loss(batch.ids, batch.places, batch.targets, pairs) * len(batch.targets)
+    if layers is None:
+        answer = model.answer_loss(batch.ids, batch.places, batch.targets, pairs) * len(batch.targets)
+    else:
+        states = layers(batch.ids, pairs).flatten(0, 1)[batch.places]
+        logits = model.language_model.model.get_output_embeddings()(states)
+        answer = functional.cross_entropy(logits.float(), batch.targets, reduction="sum")
     return Losses(answer, answer.new_zeros(()) if quantized is None else quantized.loss, quantized)
 
 

@@ -9,7 +9,7 @@
 set -u
 : "${DATA:?}" "${ENCODER:?}" "${LM:?}" "${OUT:?}"
 GGUF=${GGUF:-} PY=${PY:-python3} SETS=${SETS:-"squad news archivalqa"} SECONDS_LEFT=${SECONDS_LEFT:-540}
-STEPS=${STEPS:-4000} SWEEP=${SWEEP:-400} MAC=${MAC:-1500} EXTRA=${EXTRA:-} QUESTIONS=${QUESTIONS:-500}
+STEPS=${STEPS:-4000} SWEEP=${SWEEP:-300} EXTRA=${EXTRA:-} QUESTIONS=${QUESTIONS:-500}
 WEIGHTS=${WEIGHTS:-mbc_core/weights}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} TOKENIZERS_PARALLELISM=false
 ends=$(($(date +%s) + SECONDS_LEFT))
@@ -33,42 +33,43 @@ run() {
 
 address12="--codes address --tokens 12 --codebook $WEIGHTS/codebook_t12.safetensors --rank 12 --prefix-hidden 512"
 address24="--codes address --tokens 24 --codebook $WEIGHTS/codebook_t24.safetensors --rank 12 --prefix-hidden 512"
-learned="--codes learned --codebook-by ${BY:-ema}"
-fixed="--steps $SWEEP --flat 0 --minutes 0 --look-every 100"
+learned="--codes learned --codebook-by ${BY:-ema} --freeze-encoder"
+# Small banks first, and words asked for before answers: without them no code was read after 200 steps.
+course="--steps $STEPS --banks 1,4,16,64 --grow-every ${GROW:-300} --cue-steps ${CUES:-1000} --look-every 200"
+fixed="--steps $SWEEP --flat 0 --minutes 0 --look-every 200 --banks 1,4,16,64 --grow-every 60 --cue-steps 200"
 
 # The main configuration gets a lane of its own; sweeps are at one small budget and are not converged.
-lane1() { run learned $learned --steps "$STEPS" --minutes "${MAIN_MINUTES:-7}"; }
+lane1() { run learned $learned $course --minutes "${MAIN_MINUTES:-7}"; }
 lane2() {
-  run address_t12 $address12 --steps "$STEPS" --minutes "${MINUTES:-3.4}"
-  run address_closed $address12 --closed --steps "$STEPS" --minutes "${MINUTES:-3.4}"
+  run address_t24 $address24 $course --minutes "${MINUTES:-3.3}"
+  run address_t12 $address12 $course --minutes "${MINUTES:-3.3}"
 }
 lane3() {
-  run address_t24 $address24 --steps "$STEPS" --minutes "${MINUTES:-3.4}"
-  run sweep_base $learned $fixed
-  run sweep_no_kv_lora $learned $fixed --no-kv-lora
-  run sweep_no_vq $learned $fixed --no-quantize
+  run learned_closed $learned $course --closed --minutes "${MINUTES:-3.3}"
+  run address_closed $address12 $course --closed --minutes "${MINUTES:-3.3}"
 }
 lane4() {
-  run learned_closed $learned --closed --steps "$STEPS" --minutes "${MINUTES:-3.4}"
-  run mac_kv_lora $learned --no-quantize --steps "$MAC" --minutes 2.2
-  run mac $learned --no-quantize --no-kv-lora --steps "$MAC" --minutes 2.2
-}
-lane5() {
+  run mac_kv_lora $learned $course --no-quantize --minutes "${MAC_MINUTES:-2}"
+  run mac $learned $course --no-quantize --no-kv-lora --minutes "${MAC_MINUTES:-2}"
+  run sweep_base $learned $fixed
   run sweep_k128 $learned $fixed --codewords 128
   run sweep_k2048 $learned $fixed --codewords 2048
   run sweep_t24 $learned $fixed --tokens 24
   run sweep_no_reset $learned $fixed --no-reset
   run sweep_gradient $learned $fixed --codebook-by gradient
+  run sweep_no_kv_lora $learned $fixed --no-kv-lora
+  run sweep_no_vq $learned $fixed --no-quantize
+  run sweep_no_standardize $learned $fixed --no-standardize
 }
 
 case "${1:-all}" in
-  all) for lane in 1 2 3 4 5; do "lane$lane" & done ;;
+  all) for lane in 1 2 3 4; do "lane$lane" & done ;;
   main) lane1 ;;
-  try) # a minute each of the four kinds, to see how fast they are
-    for one in "try_ema $learned" "try_gradient $learned --codebook-by gradient" "try_address $address12" \
-      "try_closed $learned --closed"; do
-      SETS= run $one --steps 100000 --minutes "${TRY_MINUTES:-1}" --look-every 50 --flat 0 &
+  lane[1-4]) "$1" ;;
+  try) # a minute each of three kinds, to see how fast they are and whether they read
+    for one in "try_learned $learned" "try_address $address24" "try_closed $learned --closed"; do
+      SETS= run $one $course --minutes "${TRY_MINUTES:-1}" --look-every 50 --flat 0 &
     done ;;
-  *) echo "usage: paper_runs.sh all|main|try" >&2; exit 2 ;;
+  *) echo "usage: paper_runs.sh all|main|lane1|…|lane4|try" >&2; exit 2 ;;
 esac
 wait

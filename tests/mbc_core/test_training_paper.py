@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+import torch._dynamo.testing
 from torch.nn import functional
 
 from mbc_core.errors import DamagedFile, UsageError
 from mbc_core.paper.model import PaperBatch
+from mbc_core.training.batches import Ragged
 from mbc_core.training.paper import PaperTrainer, paper_card, read_curve, require_shippable, train_paper
 from mbc_core.training.paper_batches import Draw
 from mbc_core.training.paper_checkpoint import PaperProgress
 from mbc_core.training.paper_data import PaperData, as_lists
+from mbc_core.training.paper_layers import LayerLoop
 from mbc_core.training.paper_run import PaperRun, cool_when_due, is_flat, pace
 from mbc_core.training.paper_step import step_losses
 from tests.mbc_core.tiny_paper import RUN, config, data, model, on_device
+from tests.mbc_core.tiny_reader import tokenizer
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 
@@ -113,6 +118,82 @@ def test_a_step_is_the_models_own_forward_pass(made, codes, bank):
     assert torch.allclose(losses.vq, wanted.vq, rtol=1e-5)
 
 
+@pytest.mark.parametrize("codes", ["learned", "address"])
+def test_layer_by_layer_is_the_models_own_pass_in_value_and_gradient(made, codes):
+    tokens, encoder, folder = made
+    batch = on_device(tokens, encoder, codes).batch(
+        Draw(tokens, documents=4, questions=2, banks=(2,), max_tokens=64).step(0, 0)
+    )
+    found = []
+    for whole in (True, False):
+        built = model(folder, config(codes))
+        loop = None if whole else LayerLoop(built.language_model.model)
+        if loop is not None:
+            loop.begin()
+        loss = step_losses(built, batch, "own", loop).answer
+        loss.backward()
+        found.append((loss.detach(), {name: one.grad for name, one in built.learned_parameters().items()}))
+        if loop is not None:
+            loop.end()
+            numbers = [one.self_attn.layer_idx for one in loop.decoder.layers]
+            assert numbers == [0, 1, 2]
+    (first, ours), (second, theirs) = found
+    assert torch.allclose(first, second, rtol=1e-5)
+    for name, one in ours.items():
+        assert (one is None) == (theirs[name] is None)
+        assert one is None or torch.allclose(one, theirs[name], rtol=1e-3, atol=1e-4), name
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # the tracer looks at it
+def test_one_compiled_program_serves_all_layers_and_lengths(made):
+    tokens, encoder, folder = made
+    built, device = model(folder, config("address")), on_device(tokens, encoder, "address")
+    loop = LayerLoop(built.language_model.model)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    for layer in loop.decoder.layers:
+        layer.compile(dynamic=True, backend=counter)
+    loop.begin()
+    draw = Draw(tokens, documents=4, questions=2, banks=(2,), max_tokens=64)
+    frames = []
+    for number in range(3):
+        step_losses(built, device.batch(draw.step(0, number)), "own", loop).answer.backward()
+        frames.append(counter.frame_count)
+    assert len(loop.decoder.layers) == 3 and frames == [frames[0]] * 3 and frames[0] < 3
+    torch._dynamo.reset()
+
+
+def test_cued_steps_ask_for_words_less_and_less_and_banks_grow(made):
+    tokens, encoder, _ = made
+    some = Ragged.of([[7, 8, row + 1] for row in range(len(tokens))])
+    cued = replace(tokens, words=some)
+    draw = Draw(cued, documents=4, questions=2, banks=(1, 2, 4), max_tokens=64, grow_every=10, cue_steps=40)
+    steps = [draw.step(0, number) for number in range(80)]
+    assert {step.bank for step in steps[:10]} == {1} and {step.bank for step in steps[10:20]} == {1, 2}
+    assert {step.bank for step in steps[20:]} == {1, 2, 4}
+    shares = [sum(step.cued for step in steps[start : start + 20]) for start in (0, 20, 40, 60)]
+    assert shares[0] > shares[1] > 0 and shares[2:] == [0, 0]
+    chosen = next(step for step in steps if step.cued)
+    batch = on_device(cued, encoder).batch(chosen)
+    rows = cued.rows[chosen.questions]
+    assert batch.targets.tolist() == [one for row in rows for one in (7, 8, row + 1)]
+    texts = tokenizer().batch_decode(batch.ids)
+    assert all("\nWords:" in text for text in texts)
+    assert on_device(cued, encoder).answer_tokens(chosen) == 3 * len(rows)
+    with pytest.raises(UsageError, match="no words"):
+        trainer(made, run=replace(RUN, cue_steps=3))
+
+
+def test_a_failing_compiler_is_said_and_training_goes_on(made, tmp_path, monkeypatch):
+    learner = trainer(made, "address")
+    learner.layers = LayerLoop(learner.model.language_model.model)
+    learner.layers.compiled = True
+    monkeypatch.setattr(LayerLoop, "__call__", lambda self, ids, pairs: 1 / 0)
+    monkeypatch.setattr(torch.compiler, "set_stance", lambda stance: nullcontext())  # it would outlive the test
+    said: list[str] = []
+    assert train_paper(learner, tmp_path, say=said.append)
+    assert "compiling failed (ZeroDivisionError" in said[0] and learner.progress.step == 6
+
+
 def test_targets_are_the_answers_tokens(made):
     tokens, encoder, _ = made
     chosen = Draw(tokens, documents=2, questions=1, banks=(1,), max_tokens=64).step(0, 0)
@@ -155,7 +236,7 @@ def test_a_run_in_several_calls_ends_where_one_call_does(made, tmp_path, codes, 
     assert train_paper(whole, tmp_path / "whole")
     calls = 0
     while True:
-        part = trainer(made, codes, replace(RUN, call_minutes=1e-9), **changes)
+        part = trainer(made, codes, replace(RUN, call_minutes=0), **changes)
         calls += 1
         if train_paper(part, tmp_path / "parts"):
             break
