@@ -93,8 +93,6 @@ class TokenWeights:
     """
 
     def __init__(self, form: PromptFormat, lexicon: Lexicon | None, run: TuningRun, pad_id: int) -> None:
-        if run.weighting == "salient" and lexicon is None:
-            raise UsageError("salient spans need a lexicon", value=run.weighting, fix="give one")
         self._form, self._lexicon, self._run, self._pad_id = form, lexicon, run, pad_id
 
     def document(self, data: Prepared, rows: Sequence[int]) -> Weighted:
@@ -117,15 +115,16 @@ class TokenWeights:
         if self._run.weighting == "uniform":
             weights = [1.0] * len(ids)
         else:
-            spans = self._spans(data, row, text)
+            if self._lexicon is None:
+                raise UsageError("salient spans need a lexicon", value=self._run.weighting, fix="give one")
+            spans = self._spans(data, row, text, self._lexicon)
             weights = [float(any(start < end_of and begin < end for begin, end_of in spans)) for start, end in offsets]
         start = self._form.start
         most = self._run.max_tokens
         return [*start, *ids][:most], [*(0.0 for _ in start), *weights][:most]
 
-    def _spans(self, data: Prepared, row: int, text: str) -> list[tuple[int, int]]:
+    def _spans(self, data: Prepared, row: int, text: str, lexicon: Lexicon) -> list[tuple[int, int]]:
         """Character spans of the words that the budget takes."""
-        assert self._lexicon is not None
         words, scores = data.words_of(row)
         placed = split_words(text)
         if [one.text for one in placed] != words:
@@ -135,7 +134,7 @@ class TokenWeights:
                 cause="the set was prepared without a salience head, or by another release",
                 fix="run `mbc train prepare` again with the salience head",
             )
-        costs = np.array(self._lexicon.costs(words), dtype=np.int64)
+        costs = np.array(lexicon.costs(words), dtype=np.int64)
         taken = choose_places(words, word_worth(scores, costs), costs.tolist(), budget_bits(SPAN_BUDGET))
         return [(placed[place].start, placed[place].end) for place in taken]
 

@@ -122,7 +122,7 @@ def test_words_that_are_not_the_texts_are_refused(data):
     with pytest.raises(UsageError, match=r"doc-00.*mbc train prepare"):
         tokens.passage(replace(data.prepared, table=table), 0)
     with pytest.raises(UsageError, match="need a lexicon"):
-        TokenWeights(PromptFormat(lm.tokenizer), None, SALIENT, lm.pad_id)
+        TokenWeights(PromptFormat(lm.tokenizer), None, SALIENT, lm.pad_id).passage(data.prepared, 0)
 
 
 def test_steps_are_those_of_plain_adamw_over_the_documents_in_order(data):
