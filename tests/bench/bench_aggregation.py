@@ -1,4 +1,6 @@
-"""Cost of the paper's read as the bank grows: `make bench`, or this file alone. Prints figures, asserts none.
+"""Cost of the paper's read as the bank grows. Prints figures, asserts none. `make bench`, or alone, without pytest:
+
+    python -m tests.bench.bench_aggregation
 
 One question against N passages of T = 12 codes, at the sizes of the shipped weights (d_c = 32, width 384, four blocks,
 eight heads), float32: the histogram of K = 512 codewords, every vector one by one (flat, as far as memory allows), and
@@ -11,9 +13,9 @@ import statistics
 import threading
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
-import pytest
 import torch
 
 from mbc_core.paper.aggregation import Aggregator, Memory, code_counts, flat_memory
@@ -24,7 +26,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 _PAGE, _MIB = 4096, 1 << 20
 
 
-@pytest.fixture(scope="module")
+@cache
 def setting() -> tuple[Aggregator, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Aggregator, one question's queries, codewords, and codes of the largest bank, unevenly used as real ones are."""
     torch.manual_seed(0)
@@ -86,8 +88,8 @@ def room(passages: int) -> bool:
 
 
 @torch.inference_mode()
-def test_the_histogram_read_does_not_grow_with_the_bank(setting):
-    made, queries, words, codes = setting
+def test_the_histogram_read_does_not_grow_with_the_bank():
+    made, queries, words, codes = setting()
     counts = {}
     for passages in SIZES:
         spent = seconds(lambda n=passages: counts.update({n: code_counts(codes[:n], CODEWORDS)}))
@@ -109,8 +111,8 @@ def test_the_histogram_read_does_not_grow_with_the_bank(setting):
 
 
 @torch.inference_mode()
-def test_beside_the_flat_and_the_hierarchical_read(setting):
-    made, queries, words, codes = setting
+def test_beside_the_flat_and_the_hierarchical_read():
+    made, queries, words, codes = setting()
     for passages in SIZES:
         held = codes[:passages]
         memory = Memory(words, code_counts(held, CODEWORDS))
@@ -132,3 +134,8 @@ def test_beside_the_flat_and_the_hierarchical_read(setting):
             end="",
         )
     print(f"\ngoal: at 10^5 passages, flat / histogram of at least 100; device {DEVICE.type}")
+
+
+if __name__ == "__main__":
+    test_the_histogram_read_does_not_grow_with_the_bank()
+    test_beside_the_flat_and_the_hierarchical_read()
