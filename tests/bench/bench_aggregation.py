@@ -9,6 +9,7 @@ groups of M = 256 passages (hierarchical, as far as a minute allows). On a GPU w
 
 from __future__ import annotations
 
+import ctypes
 import statistics
 import threading
 import time
@@ -53,6 +54,7 @@ def measured(work: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, float, flo
         before = torch.cuda.memory_allocated()
         spent = seconds(lambda: results.append(work()))
         return results[0], spent, (torch.cuda.max_memory_allocated() - before) / _MIB
+    ctypes.CDLL(None).malloc_trim(0)  # or the allocator would serve the work from what it kept of earlier work
     before, highest, done = _resident(), [0], threading.Event()
 
     def watch() -> None:
