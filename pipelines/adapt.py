@@ -14,7 +14,6 @@ stored with the decision of the gate (:mod:`mbc_core.training.gate`), and goes l
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 import tempfile
@@ -25,8 +24,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mbc_core.errors import DamagedFile, MbcError, UsageError
+from mbc_core.errors import MbcError, UsageError
 from pipelines.adapt_options import AdaptSettings, parse
+from pipelines.adapt_start import WEIGHTS, adapt_base, beside, live_beside, named_model, resolve_device, start_from
 from schemas.results import AdaptResult, SetResult
 
 # The second step runs where neither faiss nor deltalake nor Beam is: what needs them is imported where it is used.
@@ -38,13 +38,11 @@ if TYPE_CHECKING:
     from mbc_core.reader.language_model import LanguageModel
     from mbc_core.training.adapt import Adaptation, AdaptRun, Start
     from mbc_core.training.gate import GateRule
-    from mbc_core.training.set_file import SetHeader, TrainingSet
+    from mbc_core.training.set_file import TrainingSet
 
 Say = Callable[[str], None]
 _FRESH_LR = 7e-4
 _SET = "set.jsonl.gz"
-_SHIPPED = "shipped"
-_WEIGHTS = "adapter_model.safetensors"
 
 
 def run_adapt(
@@ -182,7 +180,7 @@ def write_set(
     memory = Memory.open(bank, encoder, as_of=moment, device=device, lexicon=lexicon, rotation=rotation)
     found = make_set(memory, moment, seed=settings.seed, of_set=settings.of_set(), say=say)
     registry = AdapterRegistry(bank)
-    folders = [registry.load(one["version"], _beside(target)) for one in found.header.live.values()]
+    folders = [registry.load(one["version"], beside(target)) for one in found.header.live.values()]
     save_set(target, found)
     return {
         "set": str(target),
@@ -210,35 +208,13 @@ def adapt_from_set(
     source, out = settings.from_set or Path(_SET), settings.out or Path("candidate")
     found, device = load_set(source), resolve_device(settings.device)
     base = language_model or adapt_base(settings.lm, settings.gguf, device)
-    model, start = start_from(base, found.header, settings.adapter or _live_beside(source, found.header, base.digest))
+    model, start = start_from(base, found.header, settings.adapter or live_beside(source, found.header, base.digest))
     run = _paced(settings.run(), start, base.name, say)
     done = adapt(
         found, model, out, run, rule=settings.rule(), start=start, checkpoint=settings.checkpoint, say=say
     )  # fmt: skip
     say(f"the candidate is in {out}; take it into the bank with: mbc adapters add {out} --bank URI")
     return _result(done, str(out))
-
-
-def start_from(base: LanguageModel, header: SetHeader, folder: Path | None) -> tuple[LanguageModel, Start]:
-    """The model that training goes on from.
-
-    Args:
-        header: names the live adapter. folder: of the adapter; None: the shipped one for this base, or fresh weights.
-    """
-    from mbc_core import defaults
-    from mbc_core.reader.kv_lora import adapter_base, load_adapter
-    from mbc_core.training.adapt import Start
-
-    shipped = defaults.reader_adapter() if folder is None else None
-    if shipped is not None and adapter_base(shipped) == base.digest:
-        folder = shipped
-    if folder is None:
-        return base, Start()
-    model, _ = load_adapter(base.model, folder, base_digest=base.digest)
-    digest = hashlib.sha256((folder / _WEIGHTS).read_bytes()).hexdigest()
-    live = header.live.get(base.digest, {})
-    name = live["version"] if live.get("weights_sha256") == digest else folder.name
-    return replace(base, model=model.eval()), Start(_SHIPPED if folder == shipped else name, digest)
 
 
 def run_job(settings: AdaptSettings, say: Say = lambda line: None) -> AdaptResult | SetResult:
@@ -264,36 +240,6 @@ def run_job(settings: AdaptSettings, say: Say = lambda line: None) -> AdaptResul
         of_set=settings.of_set(),
         say=say,
     )
-
-
-def named_model(name: str | None, gguf_file: str | None, device: str) -> LanguageModel | None:
-    """The base model that ``--lm`` names; None without it.
-
-    Raises:
-        AssetError: there is no such model.
-    """
-    if name is None:
-        return None
-    from mbc_core import defaults
-
-    return defaults.language_model(name, gguf_file=gguf_file, device=resolve_device(device))
-
-
-def adapt_base(name: str | None, gguf_file: str | None, device: str) -> LanguageModel:
-    """The base model that ``--lm`` names, SmolLM2-135M-Instruct without it."""
-    from mbc_core import defaults
-
-    device = resolve_device(device)
-    return named_model(name, gguf_file, device) or defaults.language_model(device=device)
-
-
-def resolve_device(device: str) -> str:
-    """``auto`` → ``cuda`` when there is one, else ``cpu``."""
-    if device != "auto":
-        return device
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _result(done: Adaptation, candidate: str) -> AdaptResult:
@@ -331,7 +277,7 @@ def _live_adapters(bank: Bank, moment: int) -> dict[str, dict[str, str]]:
         if version is not None:
             card = registry.info(version).card
             instant = str(card.get("instant") or card["created_at"])
-            found[base] = {"version": version, "weights_sha256": card["files"][_WEIGHTS], "instant": instant}
+            found[base] = {"version": version, "weights_sha256": card["files"][WEIGHTS], "instant": instant}
     return found
 
 
@@ -365,32 +311,6 @@ def _remove_run(checkpoint: Path) -> None:
     names = list(json.loads(state.read_text())["files"].values()) if state.exists() else []
     for name in ("state.json", _SET, *names):
         (checkpoint / name).unlink(missing_ok=True)
-
-
-def _beside(source: Path) -> Path:
-    return source.with_name(f"{source.name}.adapter")
-
-
-def _live_beside(source: Path, header: SetHeader, base_digest: str) -> Path | None:
-    """Folder of the live adapter that the first step put beside its file; None when none was live."""
-    live = header.live.get(base_digest)
-    if live is None:
-        return None
-    folder = _beside(source) / live["version"]
-    if not (folder / _WEIGHTS).is_file():
-        raise UsageError(
-            "the live adapter is not beside the training set",
-            value=str(folder),
-            cause="only the set was copied to this machine",
-            fix=f"copy the folder {_beside(source).name} too, or name an adapter's folder with --adapter",
-        )
-    if hashlib.sha256((folder / _WEIGHTS).read_bytes()).hexdigest() != live["weights_sha256"]:
-        raise DamagedFile(
-            f"the adapter {folder} is not the one that the set names",
-            cause="it was cut short or replaced",
-            fix="write the set again, or copy the folder again",
-        )
-    return folder
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -60,7 +60,7 @@ def _draw(name: str, seed: int) -> bytes:
 
 def measure(found: TrainingSet, how: str, share: float, given: argparse.Namespace, folder: Path) -> dict[str, object]:
     """One arm: adapt to the poisoned set from the live (or shipped) adapter, and tell what the gate and canary say."""
-    from pipelines.adapt import adapt_base, start_from
+    from pipelines.adapt_start import adapt_base, start_from
 
     examples = poisoned(found.examples, how, share, given.seed)
     changed = sum(one != other for one, other in zip(examples, found.examples, strict=True))

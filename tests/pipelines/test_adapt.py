@@ -28,6 +28,7 @@ from pipelines import adapt as job
 from pipelines.adapt import adapt_from_set, main, run_adapt, write_set
 from pipelines.adapt_command import adapt as command
 from pipelines.adapt_options import AdaptSettings, parse
+from pipelines.adapt_start import live_beside
 from pipelines.ingest import run_ingest
 from schemas.results import AdaptResult, AddResult, SetResult
 
@@ -173,15 +174,15 @@ def test_the_live_adapter_must_be_beside_the_set(bank, tmp_path, monkeypatch):
     found = load_set(source)
     header = type(found.header)(live={"d" * 64: {"version": "0001-x", "weights_sha256": "0" * 64}})
     with pytest.raises(UsageError, match="the live adapter is not beside the training set"):
-        job._live_beside(source, header, "d" * 64)
-    assert job._live_beside(source, header, "e" * 64) is None
+        live_beside(source, header, "d" * 64)
+    assert live_beside(source, header, "e" * 64) is None
     folder = tmp_path / "set.jsonl.gz.adapter" / "0001-x"
     folder.mkdir(parents=True)
     (folder / "adapter_model.safetensors").write_bytes(b"abc")
     with pytest.raises(Exception, match="is not the one that the set names"):
-        job._live_beside(source, header, "d" * 64)
+        live_beside(source, header, "d" * 64)
     header.live["d" * 64]["weights_sha256"] = hashlib.sha256(b"abc").hexdigest()
-    assert job._live_beside(source, header, "d" * 64) == folder
+    assert live_beside(source, header, "d" * 64) == folder
 
 
 def test_an_empty_bank_has_nothing_to_adapt_to(tmp_path):
