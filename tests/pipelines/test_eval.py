@@ -103,7 +103,8 @@ def test_the_whole_command_twice(mbc, qa, rivals, capsys):
     result = json.loads(captured.out)
     assert set(EvalResult.__annotations__) == set(result)
     assert set(MeasuredRow.__annotations__) <= set(result["rows"][0])
-    assert {row["read"] for row in result["rows"]} == set(READS)
+    given = {name for name, kind in READS.items() if kind.adapter in ("own", "closed", "text")}
+    assert {row["read"] for row in result["rows"]} == given, "there are no weights for the other reads of a tiny model"
     assert {row["profile"] for row in result["rows"] if row["read"] == "recall"} == {"compact", "default", "rich"}
     assert all(row["questions"] == 9 for row in result["rows"])
     closed = {one["against"] for row in result["rows"] for one in row["compared"]}
