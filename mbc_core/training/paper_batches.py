@@ -293,7 +293,8 @@ class OnDevice:
         sent = self._sent(questions)
         if self._embeddings is not None:
             return (self._embeddings[sent],)
-        assert self._asked is not None
+        if self._asked is None:
+            raise UsageError("the questions' tokens are not here", value=len(questions), fix="use their embeddings")
         return self._cut(self._asked, sent, self._asked_lengths[questions])
 
     def _lengths(self, chosen: Chosen) -> tuple[Int64, Int64]:

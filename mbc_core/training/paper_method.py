@@ -112,8 +112,7 @@ class PaperMethod:
         """Append the documents' codes, or those of as many strangers."""
         rows = self._data.rows_of(documents)
         source = self._data.prepared
-        if self.read == "strangers":
-            assert self._data.strangers is not None
+        if self.read == "strangers" and self._data.strangers is not None:  # `start` sees to it
             source = self._data.strangers
             rows = np.arange(self._entries, self._entries + len(rows)) % len(source)
         self._entries += len(rows)

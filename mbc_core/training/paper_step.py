@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from mbc_core.errors import UsageError
 from mbc_core.paper.aggregation import Memory
 from mbc_core.paper.model import PaperModel
 from mbc_core.paper.vector_quantizer import Quantized
@@ -60,7 +61,13 @@ def _code_vectors(model: PaperModel, batch: Batch) -> tuple[Tensor, Quantized | 
     """Code vectors of the batch's passages, [D, T, d_c]."""
     if batch.codes is not None:
         return functional.embedding(batch.codes, model.code_vectors()), None
-    assert model.amortizer is not None and model.quantizer is not None and batch.order is not None
+    if model.amortizer is None or model.quantizer is None or batch.order is None:
+        raise UsageError(
+            "the batch lacks what learned codes are made from",
+            value="no passages' tokens",
+            cause="it was made for address codes",
+            fix="make it without `slots`",
+        )
     parts = []
     with torch.autocast(batch.ids.device.type, enabled=False):  # the same codes in training and online
         for number, (ids, mask) in enumerate(batch.chunks):
