@@ -51,7 +51,7 @@ def _shares(context: click.Context, parameter: click.Parameter, value: str | Non
 @click.option("--batch", type=click.IntRange(1), default=512, show_default=True, help="Samples a step.")
 @click.option("--rows", type=click.IntRange(1), default=256, show_default=True, help="Samples of one forward pass.")
 @click.option("--lr", type=float, default=7e-4, show_default=True, help="Highest learning rate of the adapter.")
-@click.option("--projector-rate", type=float, default=1.5, show_default=True, help="The projector's, as a multiple.")
+@click.option("--projector-rate", type=float, default=1.0, show_default=True, help="The projector's, as a multiple.")
 @click.option("--soft-tokens", type=click.IntRange(1), default=4, show_default=True, help="Soft tokens a passage.")
 @click.option("--hidden", type=click.IntRange(1), default=1024, show_default=True, help="Hidden units.")
 @click.option("--token-rank", type=click.IntRange(0), default=192, show_default=True, help="0: no bottleneck.")
@@ -66,10 +66,19 @@ def _shares(context: click.Context, parameter: click.Parameter, value: str | Non
     metavar="SHARES",
     help="How often each codebook's vectors are shown, and last the float embedding (default 0.7 and the rest even).",
 )
-@click.option("--aux", type=(float, float), default=(1.0, 0.1), show_default=True, help="Weight of naming: start, end.")
+@click.option("--aux", type=(float, float), default=(0.5, 0.1), show_default=True, help="Weight of naming: start, end.")
 @click.option("--answer-share", type=float, default=0.5, show_default=True, help="Of the naming loss: the answer's.")
 @click.option("--cloze", type=float, default=0.4, show_default=True, help="Share of cloze questions.")
-@click.option("--cloze-each", type=click.IntRange(1), default=4, show_default=True, help="Made of a passage, at most.")
+@click.option("--start", type=_FOLDER, default=None, help="Adapter to start from, such as the one that reads words.")
+@click.option(
+    "--sentences", type=click.IntRange(0), default=2, show_default=True, help="Of a passage, as passages of their own."
+)
+@click.option(
+    "--naming-steps", type=click.IntRange(0), default=1000, show_default=True, help="The projector alone, first."
+)
+@click.option("--naming-batch", type=click.IntRange(1), default=2048, show_default=True, help="Questions a step of it.")
+@click.option("--as-found", type=float, default=0.25, show_default=True, help="Share of samples shown as recalled.")
+@click.option("--cloze-each", type=click.IntRange(1), default=2, show_default=True, help="Made of a passage, at most.")
 @click.option("--rank", type=click.IntRange(1), default=32, show_default=True, help="Of KV-LoRA; alpha is twice it.")
 @click.option("--targets", default=None, help="Names of the key and value projections, such as k_proj,v_proj.")
 @click.option("--evaluate", multiple=True, callback=named_folders, metavar="NAME=FOLDER", help="Prepared sets to read.")
@@ -108,6 +117,11 @@ def attend_command(
     aux: tuple[float, float],
     answer_share: float,
     cloze: float,
+    start: Path | None,
+    sentences: int,
+    naming_steps: int,
+    naming_batch: int,
+    as_found: float,
     cloze_each: int,
     rank: int,
     targets: str | None,
@@ -135,6 +149,7 @@ def attend_command(
     from mbc_core.reader.language_model import load_language_model
     from mbc_core.training.attend import ATTEND_MIXTURE, AttendRun, train_attend
     from mbc_core.training.attend_loop import AuxLoss
+    from mbc_core.training.attend_naming import NamingPhase
 
     place = resolve_device(device)
     books = [Codebook.from_bytes(one.read_bytes(), str(one)) for one in codebook_files]
@@ -163,13 +178,17 @@ def attend_command(
             dropout=dropout,
             variants=variants or (0.7, *([0.3 / len(books)] * len(books))),
             closed=closed,
+            as_found=as_found,
+            sentences=sentences,
             cloze_each=cloze_each,
+            naming=NamingPhase(steps=naming_steps, batch=naming_batch),
             aux=AuxLoss(start=aux[0], end=aux[1], answer_share=answer_share),
             kv_lora=KVLoraConfig(r=rank, alpha=2 * rank),
             mixture=replace(ATTEND_MIXTURE, cloze=cloze),
         ),
         encoder=PassageEncoder.load(encoder_folder, None, device=place) if encoder_folder is not None else None,
         encoder_id=encoder_id,
+        start=start,
         targets=targets.split(",") if targets else None,
         evaluate=dict(evaluate),
         resume=resume,

@@ -63,6 +63,11 @@ def gives_away(question: str, answer: str) -> bool:
     return any(word.lower() in asked for word in _WORD.findall(answer))
 
 
+def sentences_of(text: str) -> list[str]:
+    """The sentences of a text, as cloze questions see them."""
+    return [sentence.strip() for sentence in _SENTENCE_END.split(text) if sentence.strip()]
+
+
 def _salient(words: Sequence[str], scores: NDArray[np.float32]) -> set[str]:
     """The best words, names and numbers first among equals; never short lower-case words."""
     order = np.argsort(-scores, kind="stable")

@@ -27,13 +27,15 @@ from mbc_core.reader.attend import (
     embedding_scale,
     save_projector,
 )
-from mbc_core.reader.kv_lora import KVLoraConfig, add_kv_lora, save_adapter
+from mbc_core.reader.kv_lora import KVLoraConfig, add_kv_lora, load_adapter, save_adapter
 from mbc_core.reader.language_model import LanguageModel
 from mbc_core.reader.prompt import PromptFormat
 from mbc_core.training.attend_data import AttendData, QuestionEncoder, attend_source, encoder_of, joined
-from mbc_core.training.attend_loop import AttendTables, AttendTrainer, AuxLoss
+from mbc_core.training.attend_loop import AttendTrainer, AuxLoss, Namer
+from mbc_core.training.attend_naming import NamingPhase, learn_to_name, word_frequencies
 from mbc_core.training.attend_reads import FULL_READS, QUICK_READS, AttendRead, Vectors, read_prepared
 from mbc_core.training.attend_samples import AttendBatch, AttendSource
+from mbc_core.training.attend_sentences import sentence_passages
 from mbc_core.training.batches import prefetched
 from mbc_core.training.data import LICENCES
 from mbc_core.training.loop import Clock, Schedule, load_checkpoint, save_checkpoint
@@ -42,7 +44,7 @@ from mbc_core.training.samples import Mixture
 
 _POOL_STEPS = 16
 _HELD_OUT_SAMPLES = 1024
-ATTEND_MIXTURE = Mixture(cloze=0.4, passages=(1, 3, 5), weights=(0.25, 0.3, 0.45), full_text=0.0, text_tokens=1)
+ATTEND_MIXTURE = Mixture(cloze=0.4, passages=(1, 3, 5), weights=(0.5, 0.2, 0.3), full_text=0.0, text_tokens=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,9 @@ class AttendRun:
         batch: samples a step; rows: samples of one forward pass.
         soft_tokens, hidden, rank, question, dropout: of the projector (:class:`AttendConfig`).
         variants: share of lines shown by each codebook's codes, and last by the float embedding.
+        as_found: share of samples that show what recall finds, the true passage among it or not.
+        sentences: of each passage that are passages too, at most; needs the encoder.
+        naming: the projector's phase before the language model joins in.
         cloze_each: cloze questions made of a passage, at most.
         closed: train the adapter without memory on the very same questions: the equally trained closed book.
         mixture: passages a question, cloze questions, distractors.
@@ -66,7 +71,7 @@ class AttendRun:
     batch: int = 512
     rows: int = 256
     lr: float = 7e-4
-    projector_rate: float = 1.5
+    projector_rate: float = 1.0
     weight_decay: float = 0.01
     seed: int = 0
     compile_layers: bool = True
@@ -79,7 +84,10 @@ class AttendRun:
     dropout: float = 0.2
     variants: tuple[float, ...] = (0.7, 0.15, 0.15)
     closed: bool = False
-    cloze_each: int = 4
+    as_found: float = 0.25
+    sentences: int = 2
+    cloze_each: int = 2
+    naming: NamingPhase = field(default_factory=NamingPhase)
     aux: AuxLoss = field(default_factory=AuxLoss)
     kv_lora: KVLoraConfig = field(default_factory=KVLoraConfig)
     mixture: Mixture = ATTEND_MIXTURE
@@ -101,6 +109,7 @@ def train_attend(
     *,
     encoder: QuestionEncoder | None = None,
     encoder_id: str | None = None,
+    start: Path | None = None,
     targets: Sequence[str] | None = None,
     evaluate: Mapping[str, Path] | None = None,
     resume: bool = True,
@@ -115,6 +124,7 @@ def train_attend(
         encoder: embeds the cloze questions made from the passages; without it a projector that looks at questions
             learns from asked questions alone.
         encoder_id: of the encoder whose vectors are read; what the first prepared folder says when None.
+        start: folder of an adapter to start from, such as the one that reads words; None: a fresh one.
         language_model: the base, without adapter; it is adapted in place.
         out_dir: gets the adapter's files, ``projector.safetensors``, ``card.json``, ``curve.jsonl`` and, while the
             run lasts, ``checkpoint/``.
@@ -134,17 +144,24 @@ def train_attend(
     data = joined([load_prepared(folder) for folder in prepared])
     say(f"loaded {len(data):,} passages, {len(data.questions):,} questions")
     device, form = language_model.device, PromptFormat(language_model.tokenizer)
+    train = data.split("train")
+    if encoder is not None and run.sentences and not run.closed:
+        train = joined([train, sentence_passages(train, encoder, run.sentences, run.seed)])
+        say(f"with their sentences {len(train):,} passages")
     made = attend_source(
-        data.split("train"), lexicon, form, codebooks, rotation, run.shown, run.soft_tokens, run.variants,
+        train, lexicon, form, codebooks, rotation, run.shown, run.soft_tokens, run.variants,
         language_model.pad_id, encoder=None if run.closed else encoder, needs_vectors=run.question and not run.closed,
-        cloze_each=run.cloze_each, seed=run.seed, device=device, say=say,
+        as_found=run.as_found, cloze_each=run.cloze_each, seed=run.seed, device=device, say=say,
     )  # fmt: skip
     held_out = attend_source(
         data.split("dev"), lexicon, form, codebooks, rotation, replace(run.shown, cloze=0.0), run.soft_tokens,
         (1.0, *(0.0 for _ in run.variants[1:])), language_model.pad_id, encoder=None, needs_vectors=True,
         seed=run.seed, device=device,
     )  # fmt: skip
-    trainer, adapted = _trainer(language_model, made.tables, run, rotation.width, targets)
+    resumed = resume and (out_dir / "checkpoint" / "state.json").exists()
+    trainer, adapted, naming = _trainer(
+        language_model, made, held_out, run, rotation.width, targets, start, say, skip_naming=resumed
+    )
     if resume and load_checkpoint(out_dir / "checkpoint", trainer):
         say(f"resumed at step {trainer.progress.step:,} after {trainer.progress.seconds:.0f} s of training")
     reads = _Reads(adapted, trainer, run, rotation, codebooks[0], say)
@@ -161,6 +178,7 @@ def train_attend(
         )  # fmt: skip
     tables = {name: reads.all(one, FULL_READS) for name, one in sets.items()} if finished else {}
     card = _card(trainer, run, data, adapted, codebooks, rotation, encoder_id, finished, tables)
+    card["naming"], card["started_from"] = naming, str(start.name) if start is not None else None
     card["files"] = {one.name: hashlib.sha256(one.read_bytes()).hexdigest() for one in out_dir.glob("*.safetensors")}
     (out_dir / "card.json").write_text(json.dumps(card, indent=2) + "\n")
     return card
@@ -177,24 +195,54 @@ def _check(run: AttendRun, codebooks: Sequence[Codebook]) -> None:
 
 
 def _trainer(
-    language_model: LanguageModel, tables: AttendTables, run: AttendRun, width: int, targets: Sequence[str] | None
-) -> tuple[AttendTrainer, LanguageModel]:
-    adapted = add_kv_lora(language_model.model, run.kv_lora, names=targets, seed=run.seed)
+    language_model: LanguageModel,
+    data: AttendData,
+    held_out: AttendData,
+    run: AttendRun,
+    width: int,
+    targets: Sequence[str] | None,
+    start: Path | None,
+    say: Callable[[str], None],
+    *,
+    skip_naming: bool,
+) -> tuple[AttendTrainer, LanguageModel, list[dict[str, float]]]:
+    """The trainer, the adapted model, and the curve of the naming phase."""
+    if start is not None:
+        adapted, config = load_adapter(language_model.model, start, base_digest=language_model.digest)
+        if (config.r, config.alpha) != (run.kv_lora.r, run.kv_lora.alpha):
+            raise UsageError(
+                "the adapter to start from has another size",
+                value=f"r = {config.r}, alpha = {config.alpha}",
+                cause=f"this run trains r = {run.kv_lora.r}, alpha = {run.kv_lora.alpha}",
+                fix="give the same --rank, or start afresh",
+            )
+    else:
+        adapted = add_kv_lora(language_model.model, run.kv_lora, names=targets, seed=run.seed)
     adapted_lm = LanguageModel(adapted, language_model.tokenizer, language_model.digest, language_model.name)
-    weight = adapted.get_input_embeddings().weight
-    with torch.random.fork_rng(devices=[]):
+    weight, device = adapted.get_input_embeddings().weight, language_model.device
+    with torch.random.fork_rng():
         torch.manual_seed(run.seed)
-        config = AttendConfig(
+        config_of = AttendConfig(
             width, int(weight.shape[1]), run.soft_tokens, run.hidden, run.rank, run.question, run.dropout
         )
-        projector = AttendProjector(config, embedding_scale(weight))
+        projector = AttendProjector(config_of, embedding_scale(weight)).to(device)
+        namer, share = Namer(int(weight.shape[0])).to(device), run.aux.answer_share if run.question else 0.0
+        curve: list[dict[str, float]] = []
+        if not run.closed:
+            with torch.no_grad():
+                namer.bias.copy_(word_frequencies(data, len(weight), share).log())
+        if run.naming.steps and not run.closed and not skip_naming:
+            curve = learn_to_name(
+                projector, namer, weight, data, held_out, run.naming, answer_share=share, variants=run.variants,
+                seed=run.seed, say=say,
+            )  # fmt: skip
     schedule = Schedule(run.steps, run.minutes * 60 if run.minutes else None, run.lr)
     trainer = AttendTrainer(
-        adapted_lm, projector, tables, schedule, aux=run.aux, projector_rate=run.projector_rate,
+        adapted_lm, projector, data.tables, schedule, aux=run.aux, namer=namer, projector_rate=run.projector_rate,
         weight_decay=run.weight_decay, seed=run.seed,
-        compile_layers=run.compile_layers and language_model.device.type == "cuda",
+        compile_layers=run.compile_layers and device.type == "cuda",
     )  # fmt: skip
-    return trainer, adapted_lm
+    return trainer, adapted_lm, curve
 
 
 def _train(

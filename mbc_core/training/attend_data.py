@@ -74,6 +74,7 @@ def attend_source(
     *,
     encoder: QuestionEncoder | None,
     needs_vectors: bool,
+    as_found: float = 0.0,
     cloze_each: int = 2,
     seed: int,
     device: torch.device,
@@ -83,6 +84,7 @@ def attend_source(
 
     Args:
         cloze_each: cloze questions made of a passage, at most.
+        as_found: see :class:`AttendSource`.
         needs_vectors: whether a question without an embedding is of no use; cloze questions then need ``encoder``.
 
     Raises:
@@ -104,7 +106,7 @@ def attend_source(
         empty = np.zeros((len(cloze), rotation.width), np.float32)
         asked.append(encoder.encode_questions([one[0] for one in cloze]) if encoder is not None else empty)
         say(f"embedded {len(cloze):,} cloze questions" if encoder is not None else "cloze questions without embeddings")
-    source = AttendSource(samples, soft_tokens, variants, pad_id)
+    source = AttendSource(samples, soft_tokens, variants, pad_id, as_found)
     vectors = [decoded(index, one, rotation) for index, one in zip(indices, codebooks, strict=True)]
     tables = AttendTables(
         torch.from_numpy(np.stack([*vectors, data.embeddings]).astype(np.float16)),

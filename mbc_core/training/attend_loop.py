@@ -59,7 +59,7 @@ class AuxLoss:
         answer_share: of the weight that is the answer's; the rest is the words'.
     """
 
-    start: float = 1.0
+    start: float = 0.5
     end: float = 0.1
     until: float = 0.7
     answer_share: float = 0.5
@@ -103,6 +103,7 @@ class AttendTrainer(Trainer):
         language_model: holds the peft model.
         projector: is cast to the base's precision; its float32 masters are the optimizer's.
         tables: what batches point into, on the language model's device.
+        namer: one that has learnt already; a fresh one when None.
         projector_rate: learning rate of the projector, as a multiple of the adapter's.
     """
 
@@ -114,6 +115,7 @@ class AttendTrainer(Trainer):
         schedule: Schedule,
         *,
         aux: AuxLoss,
+        namer: Namer | None = None,
         projector_rate: float = 1.5,
         weight_decay: float = 0.01,
         seed: int = 0,
@@ -123,7 +125,7 @@ class AttendTrainer(Trainer):
         device = language_model.device
         self.projector, self.tables, self.aux = projector.to(device), tables, aux
         self.embedding = language_model.model.get_input_embeddings()
-        self.namer = Namer(int(self.embedding.weight.shape[0])).to(device)
+        self.namer = (namer or Namer(int(self.embedding.weight.shape[0]))).to(device)
         self.aux_loss = math.nan
         named = {f"projector.{name}": one for name, one in projector.named_parameters()}
         self.add_weights(named, scale=projector_rate, weight_decay=weight_decay)

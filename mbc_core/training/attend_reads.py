@@ -34,9 +34,15 @@ class AttendRead:
     k: int
 
 
-QUICK_READS = (AttendRead("closed", 0), AttendRead("attend-shuffled", 5), AttendRead("attend", 5))
+QUICK_READS = (
+    AttendRead("closed", 0),
+    AttendRead("attend-shuffled", 1),
+    AttendRead("attend", 1),
+    AttendRead("attend", 5),
+)
 FULL_READS = (
     AttendRead("closed", 0),
+    AttendRead("attend-shuffled", 1),
     AttendRead("attend-shuffled", 5),
     AttendRead("attend", 1),
     AttendRead("attend", 3),

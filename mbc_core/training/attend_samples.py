@@ -53,18 +53,21 @@ class AttendSource:
         soft_tokens: places a passage takes.
         variants: how often each of a passage's vectors is shown; sums to 1.
         pad_id: id at the places of soft tokens, and right of the end.
+        as_found: share of samples that show what recall finds, even if the true passage is not among it.
     """
 
     samples: SampleSource
     soft_tokens: int
     variants: tuple[float, ...]
     pad_id: int
+    as_found: float = 0.0
 
     def pool(self, seed: int, number: int, size: int, rows: int) -> list[AttendBatch]:
         """Batches of ``rows`` samples (the last may be smaller) of pool ``number``, the same for equal arguments."""
         rng = np.random.default_rng([seed, number, 7])
         question, k = self._draw(rng, size)
         owner, passage, is_true = self.samples.choose_lines(rng, question, k)
+        passage, is_true = self._as_found(rng, question, k, owner, passage, is_true)
         variant = rng.choice(len(self.variants), size=len(owner), p=np.array(self.variants) / sum(self.variants))
         lines = np.bincount(owner, minlength=size)
         length = self._lengths(question, lines)
@@ -79,6 +82,25 @@ class AttendSource:
             )
         rng.shuffle(batches)
         return batches
+
+    def _as_found(
+        self,
+        rng: np.random.Generator,
+        question: Int64,
+        k: Int64,
+        owner: Int64,
+        passage: Int64,
+        is_true: NDArray[np.bool_],
+    ) -> tuple[Int64, NDArray[np.bool_]]:
+        """Where recall misses the true passage, a share of samples shows the passages that it finds instead."""
+        others, lines = self.samples.others, np.bincount(owner, minlength=len(question))
+        chosen = (rng.random(len(question)) < self.as_found) & (self.samples.ranks[question] >= k)
+        if not others.shape[1] or not chosen.any():
+            return passage, is_true
+        place = np.arange(len(owner)) - np.repeat(np.cumsum(lines) - lines, lines)
+        found = others[question[owner], np.minimum(place, others.shape[1] - 1)]
+        replaced = chosen[owner] & (found >= 0)
+        return np.where(replaced, found, passage), is_true & ~replaced
 
     def _draw(self, rng: np.random.Generator, size: int) -> tuple[Int64, Int64]:
         """Which questions, and how many passages each shows."""

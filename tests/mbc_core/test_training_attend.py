@@ -18,6 +18,7 @@ from mbc_core.reader.kv_lora import KVLoraConfig, load_adapter
 from mbc_core.reader.language_model import load_language_model
 from mbc_core.training import attend as attend_module
 from mbc_core.training.attend import ATTEND_MIXTURE, AttendRun, train_attend
+from mbc_core.training.attend_naming import NamingPhase
 from tests.mbc_core.prepared_data import write_prepared
 from tests.mbc_core.qa_bank import open_bank
 from tests.mbc_core.tiny_reader import (
@@ -35,7 +36,7 @@ pytestmark = pytest.mark.usefixtures("single_thread")
 
 RUN = AttendRun(
     steps=6, minutes=None, batch=8, rows=4, lr=3e-3, evaluate_questions=4, evaluate_every=0.9, soft_tokens=3,
-    hidden=32, rank=8, variants=(0.8, 0.2), kv_lora=KVLoraConfig(r=2, alpha=4), mixture=ATTEND_MIXTURE,
+    hidden=32, rank=8, variants=(0.8, 0.2), naming=NamingPhase(steps=4, batch=8), kv_lora=KVLoraConfig(r=2, alpha=4), mixture=ATTEND_MIXTURE,
 )  # fmt: skip
 
 
@@ -62,7 +63,7 @@ def test_projector_adapter_card_and_curve_are_written(prepared, tmp_path, kind):
     assert card["finished"] is True and card["progress"]["step"] == 6
     assert json.loads((tmp_path / "card.json").read_text()) == json.loads(json.dumps(card))
     assert [(row["read"], row["k"]) for row in card["results"]["again"]] == [
-        ("closed", 0), ("attend-shuffled", 5), ("attend", 1), ("attend", 3), ("attend", 5), ("attend-right", 1)
+        ("closed", 0), ("attend-shuffled", 1), ("attend-shuffled", 5), ("attend", 1), ("attend", 3), ("attend", 5), ("attend-right", 1)
     ]  # fmt: skip
     base = language_model(kind)
     found = load_projector(tmp_path / PROJECTOR_FILE, base_digest=base.digest)
@@ -103,7 +104,7 @@ def test_held_out_passages_are_never_shown_and_every_prepared_set_is(prepared, t
         [prepared, more], lexicon(), [codebook], rotation, language_model(), tmp_path, replace(RUN, steps=1),
         encoder=BagOfWords(),
     )  # fmt: skip
-    assert [set(one) for one in seen] == [{"train"}, {"dev"}] and [len(one) for one in seen] == [18, 6]
+    assert [set(one) for one in seen] == [{"train"}, {"dev"}] and [len(one) for one in seen] == [18 + 36, 6]
 
 
 def test_a_finished_run_called_again_only_evaluates(prepared, tmp_path):
@@ -130,7 +131,7 @@ def test_the_command_writes_weights_that_can_be_attended_with(prepared, tmp_path
         "attend", str(prepared), "--lm", str(tmp_path / "lm"), "--lexicon", str(tmp_path / "lexicon.json"),
         "--codebook", str(tmp_path / "codebook.safetensors"), "--rotation", str(tmp_path / "rotation.safetensors"),
         "--out", str(tmp_path / "out"), "--steps", "2", "--minutes", "0", "--batch", "4", "--hidden", "16",
-        "--token-rank", "4", "--rank", "2", "--device", "cpu", "--evaluate-questions", "2", "--variants", "0.6,0.4",
+        "--token-rank", "4", "--naming-steps", "2", "--naming-batch", "4", "--rank", "2", "--device", "cpu", "--evaluate-questions", "2", "--variants", "0.6,0.4",
         "--encoder-id", BagOfWords.encoder_id,
     ]  # fmt: skip
     result = CliRunner().invoke(train, told)
