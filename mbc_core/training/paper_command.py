@@ -181,7 +181,8 @@ def run_paper(told: PaperOptions, say: Say) -> dict[str, Any] | None:
     if ranks.rank:
         return None
     save_paper_model(model, told.out_dir, dtype=torch.float16)
-    results = _measure(told, model, data, on_device, base, say) if finished else {}
+    with torch.compiler.set_stance("force_eager"):  # generation's caches have another form than what was compiled
+        results = _measure(told, model, data, on_device, base, say) if finished else {}
     stored = (told.out_dir / WEIGHTS_FILE).read_bytes()
     file = {"file_sha256": hashlib.sha256(stored).hexdigest(), "bytes": len(stored)}
     card = paper_card(trainer, data, read_curve(told.out_dir), results=results, **file)
