@@ -336,3 +336,21 @@ def test_held_out_loss_is_the_mean_over_the_held_out_answers(made):
             count + len(batch.targets),
         )
     assert found["held_out_loss"] == pytest.approx(total / count, rel=1e-5)
+
+
+def test_what_only_the_bank_knows_is_learned_from_its_codes(made, tmp_path):
+    """Every passage is of one of four kinds, which its codes tell and its question does not."""
+    tokens, encoder, folder = made
+    kinds = np.arange(len(tokens)) % 4
+    codes = np.repeat((2 * kinds).astype(np.uint16)[:, None], 4, axis=1)
+    answers = [[65 + 3 * int(kinds[row]), 256] for row in tokens.rows]
+    same = as_lists(tokens.prompts)[0]
+    told = replace(
+        tokens, codes={4: codes}, answers=Ragged.of(answers), prompts=Ragged.of([same for _ in answers]),
+        asked=Ragged.of([as_lists(tokens.asked)[0] for _ in answers]),
+    )  # fmt: skip
+    run = replace(RUN, steps=120, look_every=120, banks=(1,), lr=1e-2, lora_lr=1e-2, held_out_bank=1)
+    learner = PaperTrainer(model(folder, config("address")), told, on_device(told, encoder, "address"), run)
+    train_paper(learner, tmp_path)
+    last = read_curve(tmp_path)[-1]
+    assert last["held_out_loss"] < 0.25 * last["held_out_shuffled"] and last["held_out_shuffled"] > 0.5
