@@ -37,7 +37,9 @@ def _shares(context: click.Context, parameter: click.Parameter, value: str | Non
     help="Codebook of the address codes; the first (T = 24) is evaluated, each one given is trained on.",
 )
 @click.option("--rotation", "rotation_file", type=_FILE, required=True, help="Rotation of the address codes.")
-@click.option("--encoder", "encoder_folder", type=_FOLDER, default=None, help="Encoder, to embed cloze questions with.")
+@click.option(
+    "--encoder", "encoder_folder", type=_FOLDER, required=True, help="The encoder that PREPARED was made with."
+)
 @click.option("--encoder-id", default=None, help="Id of the encoder, when the prepared folder was made with a copy.")
 @click.option("--out", "out_dir", type=click.Path(path_type=Path), required=True, help="Folder for the weights.")
 @click.option(
@@ -51,14 +53,14 @@ def _shares(context: click.Context, parameter: click.Parameter, value: str | Non
 @click.option("--batch", type=click.IntRange(1), default=512, show_default=True, help="Samples a step.")
 @click.option("--rows", type=click.IntRange(1), default=256, show_default=True, help="Samples of one forward pass.")
 @click.option("--lr", type=float, default=7e-4, show_default=True, help="Highest learning rate of the adapter.")
-@click.option("--projector-rate", type=float, default=1.0, show_default=True, help="The projector's, as a multiple.")
-@click.option("--soft-tokens", type=click.IntRange(1), default=4, show_default=True, help="Soft tokens a passage.")
-@click.option("--hidden", type=click.IntRange(1), default=1024, show_default=True, help="Hidden units.")
-@click.option("--token-rank", type=click.IntRange(0), default=192, show_default=True, help="0: no bottleneck.")
+@click.option("--words", type=click.IntRange(1), default=16_384, show_default=True, help="In the dictionary.")
+@click.option("--answers", type=click.IntRange(0), default=8, show_default=True, help="Soft tokens that may answer.")
+@click.option("--topics", type=click.IntRange(0), default=8, show_default=True, help="Soft tokens of the passage.")
+@click.option("--hidden", type=click.IntRange(1), default=768, show_default=True, help="Hidden units.")
 @click.option(
     "--question/--no-question", default=True, show_default=True, help="Read each passage for the question at hand."
 )
-@click.option("--dropout", type=float, default=0.2, show_default=True, help="Of the projector's hidden layer.")
+@click.option("--dropout", type=float, default=0.3, show_default=True, help="Of the projector's hidden layer.")
 @click.option(
     "--variants",
     callback=_shares,
@@ -66,8 +68,6 @@ def _shares(context: click.Context, parameter: click.Parameter, value: str | Non
     metavar="SHARES",
     help="How often each codebook's vectors are shown, and last the float embedding (default 0.7 and the rest even).",
 )
-@click.option("--aux", type=(float, float), default=(0.5, 0.1), show_default=True, help="Weight of naming: start, end.")
-@click.option("--answer-share", type=float, default=0.5, show_default=True, help="Of the naming loss: the answer's.")
 @click.option("--cloze", type=float, default=0.4, show_default=True, help="Share of cloze questions.")
 @click.option("--start", type=_FOLDER, default=None, help="Adapter to start from, such as the one that reads words.")
 @click.option(
@@ -97,7 +97,7 @@ def attend_command(
     lexicon_file: Path,
     codebook_files: tuple[Path, ...],
     rotation_file: Path,
-    encoder_folder: Path | None,
+    encoder_folder: Path,
     encoder_id: str | None,
     out_dir: Path,
     closed: bool,
@@ -107,15 +107,13 @@ def attend_command(
     batch: int,
     rows: int,
     lr: float,
-    projector_rate: float,
-    soft_tokens: int,
+    words: int,
+    answers: int,
+    topics: int,
     hidden: int,
-    token_rank: int,
     question: bool,
     dropout: float,
     variants: tuple[float, ...] | None,
-    aux: tuple[float, float],
-    answer_share: float,
     cloze: float,
     start: Path | None,
     sentences: int,
@@ -148,7 +146,6 @@ def attend_command(
     from mbc_core.reader.kv_lora import KVLoraConfig
     from mbc_core.reader.language_model import load_language_model
     from mbc_core.training.attend import ATTEND_MIXTURE, AttendRun, train_attend
-    from mbc_core.training.attend_loop import AuxLoss
     from mbc_core.training.attend_naming import NamingPhase
 
     place = resolve_device(device)
@@ -167,13 +164,13 @@ def attend_command(
             batch=batch,
             rows=min(rows, batch),
             lr=lr,
-            projector_rate=projector_rate,
             seed=seed,
             compile_layers=compile_layers,
             evaluate_questions=evaluate_questions,
-            soft_tokens=soft_tokens,
+            words=words,
+            answers=answers,
+            topics=topics,
             hidden=hidden,
-            rank=token_rank,
             question=question,
             dropout=dropout,
             variants=variants or (0.7, *([0.3 / len(books)] * len(books))),
@@ -182,11 +179,10 @@ def attend_command(
             sentences=sentences,
             cloze_each=cloze_each,
             naming=NamingPhase(steps=naming_steps, batch=naming_batch),
-            aux=AuxLoss(start=aux[0], end=aux[1], answer_share=answer_share),
             kv_lora=KVLoraConfig(r=rank, alpha=2 * rank),
             mixture=replace(ATTEND_MIXTURE, cloze=cloze),
         ),
-        encoder=PassageEncoder.load(encoder_folder, None, device=place) if encoder_folder is not None else None,
+        encoder=PassageEncoder.load(encoder_folder, None, device=place),
         encoder_id=encoder_id,
         start=start,
         targets=targets.split(",") if targets else None,

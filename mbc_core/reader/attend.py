@@ -1,8 +1,13 @@
 """The attend read: a recalled passage is read as the vector that its address codes stand for, and as nothing else.
 
-The 27 bytes of a passage → codes → codeword vectors → (inverse rotation) one vector x̂ of the encoder's width → a small
-network → a few *soft tokens* in the language model's input embeddings, where a memory line would stand. The network
-never sees a code's number, so any codebook version, any T and any rotation can be read.
+The 27 bytes of a passage → codes → codeword vectors → (inverse rotation) one vector x̂ of the encoder's width → *soft
+tokens* in the language model's input embeddings, where a memory line would stand. The projector never sees a code's
+number, so any codebook version, any T and any rotation can be read.
+
+What a vector says is looked up in a dictionary: the encoder's own embeddings of some thousand words, which lie near the
+embeddings of texts that hold them. Two heads point into it, one at words of the passage, one at words of the answer
+that is sought; the likeliest words' embeddings in the language model are the soft tokens, each moved along a learned
+direction by how likely its word is. No word of a passage is stored: all are guessed from its vector.
 """
 
 from __future__ import annotations
@@ -23,9 +28,15 @@ from mbc_core.errors import DamagedFile, IncompatibleBank, ModelError
 
 PROJECTOR_FILE = "projector.safetensors"
 FORMAT = "mbc-attend/1"
+WORD_TOKENS = 4
+"""Tokens of a word that can be shown; longer words are cut."""
+
+ANSWER, TOPIC = 0, 1
+"""Heads: words of the answer, words of the passage."""
+
 _METADATA = "mbc"
 _FEATURES = 3
-"""x̂·q, cos(x̂, q) and |x̂|: how well the passage was found, and how well it was quantized."""
+_LEVELS = 7
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,87 +46,144 @@ class AttendConfig:
     Attributes:
         width: of the encoder's embeddings, d.
         lm_width: of the language model's input embeddings.
-        soft_tokens: a passage.
+        words: in the dictionary.
+        answers, topics: soft tokens a passage, of the words that may answer and of those it is about.
         hidden: units of the hidden layer.
-        rank: numbers a soft token has before it is spread over ``lm_width``; 0: no such bottleneck.
-        question: whether a passage is read for the question: then its input is [x̂, q, x̂∘q], else x̂ alone.
+        question: whether a passage is read for the question; else the question is taken for a vector of zeros.
         dropout: of the hidden layer, in training.
     """
 
     width: int
     lm_width: int
-    soft_tokens: int = 4
-    hidden: int = 1024
-    rank: int = 192
+    words: int
+    answers: int = 8
+    topics: int = 8
+    hidden: int = 768
     question: bool = True
-    dropout: float = 0.1
+    dropout: float = 0.3
 
     def __post_init__(self) -> None:
-        sizes = (self.width, self.lm_width, self.soft_tokens, self.hidden)
-        if min(sizes) < 1 or self.rank < 0 or not 0 <= self.dropout < 1:
+        sizes = (self.width, self.lm_width, self.words, self.hidden, self.answers + self.topics)
+        shown = max(self.answers, self.topics)
+        if min(sizes) < 1 or min(self.answers, self.topics) < 0 or shown > self.words or not 0 <= self.dropout < 1:
             raise ModelError(
                 "the attend projector cannot have this shape",
                 value=asdict(self),
-                cause="a size is below 1, or dropout is not a share",
-                fix="use sizes such as hidden 1024, rank 192, 4 soft tokens",
+                cause="a size is below 1, more words are shown than there are, or dropout is not a share",
+                fix="use sizes such as hidden 768, 8 answers and 8 topics of 16,000 words",
             )
+
+    @property
+    def soft_tokens(self) -> int:
+        """A passage."""
+        return self.answers + self.topics
 
 
 class AttendProjector(nn.Module):
-    """Passage vector (and question vector) → soft tokens.
+    """Passage vector and question vector → soft tokens.
 
     Args:
         config: its shape.
-        scale: root mean square of the language model's input embeddings; soft tokens start out as long.
+        dictionary: the encoder's embeddings of the words, float32 [words, d]; kept in 4 bits a number.
+        tokens: int64 [words, ≤ 4], each word's tokens in the language model, -1 where there are no more.
     """
 
-    def __init__(self, config: AttendConfig, scale: float = 0.1) -> None:
+    dictionary: Tensor
+    tokens: Tensor
+
+    def __init__(self, config: AttendConfig, dictionary: Tensor, tokens: Tensor) -> None:
         super().__init__()
         self.config = config
-        parts = 3 if config.question else 1
-        self.passage_norm = nn.LayerNorm(config.width)
-        if config.question:
-            self.question_norm = nn.LayerNorm(config.width)
-            self.product_norm = nn.LayerNorm(config.width)
-        self.inner = nn.Linear(parts * config.width + _FEATURES * config.question, config.hidden)
+        width = config.width
+        self.register_buffer("dictionary", four_bits(*to_four_bits(dictionary)))
+        self.register_buffer("tokens", nn.functional.pad(tokens, (0, WORD_TOKENS - tokens.shape[1]), value=-1))
+        self.scale = nn.Parameter(torch.tensor(9.0))
+        self.bias = nn.Parameter(torch.zeros(2, config.words))
+        self.from_passage = nn.Parameter(torch.eye(width).repeat(2, 1, 1))
+        self.from_question = nn.Parameter(torch.zeros(2, width, width))
+        self.norm = nn.LayerNorm(3 * width)
+        self.inner = nn.Linear(3 * width + _FEATURES, config.hidden)
         self.drop = nn.Dropout(config.dropout)
-        per_token = config.rank or config.lm_width
-        self.outer = nn.Linear(config.hidden, config.soft_tokens * per_token)
-        self.spread = nn.Linear(config.rank, config.lm_width) if config.rank else nn.Identity()
-        self.gain = nn.Parameter(torch.full((config.soft_tokens, 1), float(scale)))
+        self.outer = nn.Linear(config.hidden, 2 * width)
+        nn.init.zeros_(self.outer.weight)
+        nn.init.zeros_(self.outer.bias)
+        self.likely = nn.Parameter(torch.zeros(2, config.lm_width))
 
-    def forward(self, passages: Tensor, questions: Tensor) -> Tensor:
-        """Soft tokens of passages, each read for one question.
+    def logits(self, passages: Tensor, questions: Tensor) -> Tensor:
+        """How likely each word is, by each head.
 
         Args:
             passages: x̂, float [n, d], as decoded: shorter than 1 the worse they were quantized.
             questions: q, float [n, d], unit norm; not looked at without ``config.question``.
 
         Returns:
-            float [n, soft_tokens, lm_width], dtype of the weights.
+            [n, 2, words], before the softmax; heads are :data:`ANSWER` and :data:`TOPIC`.
         """
         dtype = self.inner.weight.dtype
-        passages, questions = passages.to(dtype), questions.to(dtype)
-        found = [self.passage_norm(passages)]
+        passages = passages.to(dtype)
+        questions = questions.to(dtype) if self.config.question else torch.zeros_like(passages)
+        both = self.norm(torch.cat([passages, questions, 10 * passages * questions], dim=-1))
+        found = torch.cat([both, _features(passages.float(), questions.float()).to(dtype)], dim=-1)
+        hidden = self.outer(self.drop(nn.functional.gelu(self.inner(found)))).unflatten(-1, (2, -1))
+        pointed = torch.einsum("nd,hde->nhe", passages, self.from_passage) + hidden
         if self.config.question:
-            found += [self.question_norm(questions), self.product_norm(passages * questions)]
-            found.append(_features(passages.float(), questions.float()).to(dtype))
-        hidden = self.drop(nn.functional.gelu(self.inner(torch.cat(found, dim=-1))))
-        tokens = self.spread(self.outer(hidden).unflatten(-1, (self.config.soft_tokens, -1))).float()
-        unit = tokens * torch.rsqrt(tokens.square().mean(-1, keepdim=True) + 1e-6)
-        soft: Tensor = (unit * self.gain.float()).to(dtype)
-        return soft
+            pointed = pointed + torch.einsum("nd,hde->nhe", questions, self.from_question)
+        logits: Tensor = (self.scale * pointed) @ self.dictionary.to(dtype).T + self.bias
+        return logits
+
+    def forward(self, passages: Tensor, questions: Tensor, embeddings: Tensor) -> Tensor:
+        """Soft tokens of passages, each read for one question.
+
+        Args:
+            passages, questions: as :meth:`logits` takes them.
+            embeddings: of the language model's vocabulary, [V, lm_width].
+
+        Returns:
+            float [n, soft_tokens, lm_width], dtype of ``embeddings``.
+        """
+        return self.shown(*self.chosen(passages, questions), embeddings)
+
+    def chosen(self, passages: Tensor, questions: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens of the likeliest words, best first, and how likely their words are.
+
+        Returns:
+            ids int64 and log-likelihoods, both [n, soft_tokens]; first the answer head's, then the topic head's. A
+            word that is cut by the end of its head's room shows its first tokens.
+        """
+        likelihood = self.logits(passages, questions).float().log_softmax(dim=-1)
+        ids, likely = [], []
+        for head, room in ((ANSWER, self.config.answers), (TOPIC, self.config.topics)):
+            best = likelihood[:, head].topk(room, dim=-1)
+            tokens = self.tokens[best.indices].flatten(1)
+            # Gaps sort last; the others keep their order, so words stay whole and best first.
+            order = (tokens < 0).to(torch.uint8).argsort(dim=1, stable=True)[:, :room]
+            ids.append(tokens.gather(1, order))
+            likely.append(best.values.repeat_interleave(WORD_TOKENS, dim=1).gather(1, order))
+        return torch.cat(ids, dim=1).clamp(min=0), torch.cat(likely, dim=1)
+
+    def shown(self, ids: Tensor, likely: Tensor, embeddings: Tensor) -> Tensor:
+        """Embeddings of the chosen tokens, moved by how likely they are."""
+        sizes = torch.tensor([self.config.answers, self.config.topics], device=ids.device)
+        moved = self.likely.repeat_interleave(sizes, dim=0)[None] * (likely[..., None] / 8 + 1).to(self.likely.dtype)
+        return embeddings[ids] + moved.to(embeddings.dtype)
+
+
+def to_four_bits(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """Vectors [n, d] → whole numbers from -7 to 7, int8 [n, d], and the scale of each row, float16 [n]."""
+    scale = (vectors.abs().amax(dim=1) / _LEVELS).clamp(min=1e-6).half()
+    return (vectors / scale.float()[:, None]).round().clamp(-_LEVELS, _LEVELS).to(torch.int8), scale
+
+
+def four_bits(numbers: Tensor, scale: Tensor) -> Tensor:
+    """Inverse of :func:`to_four_bits`, float32."""
+    return numbers.float() * scale.float()[:, None]
 
 
 def _features(passages: Tensor, questions: Tensor) -> Tensor:
+    """x̂·q, cos(x̂, q) and |x̂|: how well the passage was found, and how well it was quantized."""
     score = (passages * questions).sum(-1)
     length = passages.norm(dim=-1)
-    return torch.stack([4 * score, 4 * score / length.clamp(min=1e-6), 4 * (length - 0.8)], dim=-1)
-
-
-def embedding_scale(weight: Tensor) -> float:
-    """Root mean square of the input embeddings [vocabulary, width]."""
-    return float(weight.float().square().mean().sqrt())
+    return torch.stack([4 * score, 4 * score / length.clamp(min=1e-6), 4 * length], dim=-1)
 
 
 def passage_vectors(codes: NDArray[np.uint16], codewords: Float32, rotation: Rotation) -> Float32:
@@ -158,7 +226,15 @@ def save_projector(path: Path, projector: AttendProjector, *, base_digest: str, 
         "encoder": encoder_model(encoder),
         "rotation": rotation,
     }
-    tensors = {name: value.detach().half().contiguous().cpu() for name, value in projector.state_dict().items()}
+    tensors = {name: value.detach().half().contiguous().cpu() for name, value in projector.named_parameters()}
+    numbers, scale = to_four_bits(projector.dictionary.cpu())
+    packed = (numbers + _LEVELS + 1).to(torch.uint8).flatten()
+    packed = nn.functional.pad(packed, (0, len(packed) % 2))
+    tensors |= {
+        "dictionary": packed[0::2] | packed[1::2] << 4,
+        "dictionary_scale": scale,
+        "tokens": projector.tokens.cpu().to(torch.int32).contiguous(),
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = path.with_name(f".{path.name}.writing")
     # one entry: several would be written in any order
@@ -197,8 +273,7 @@ def load_projector(path: Path, *, base_digest: str | None = None, encoder: str |
         )
     weights, told = _read(path)
     try:
-        projector = AttendProjector(AttendConfig(**told["config"]))
-        projector.load_state_dict({name: value.float() for name, value in weights.items()})
+        projector = _built(AttendConfig(**told["config"]), dict(weights))
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise _damaged(path, error) from error
     found = LoadedProjector(
@@ -219,6 +294,16 @@ def load_projector(path: Path, *, base_digest: str | None = None, encoder: str |
             fix="train weights for this encoder with `mbc train attend`, or ask with --read recall",
         )
     return found
+
+
+def _built(config: AttendConfig, weights: dict[str, Tensor]) -> AttendProjector:
+    packed, scale, tokens = (weights.pop(name) for name in ("dictionary", "dictionary_scale", "tokens"))
+    halves = torch.stack([packed & 15, packed >> 4], dim=1).flatten()[: config.words * config.width]
+    numbers = halves.to(torch.int8).view(config.words, config.width) - _LEVELS - 1
+    projector = AttendProjector(config, four_bits(numbers, scale), tokens.long())
+    buffers = {"dictionary": projector.dictionary, "tokens": projector.tokens}
+    projector.load_state_dict({**{name: value.float() for name, value in weights.items()}, **buffers})
+    return projector
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:

@@ -15,6 +15,8 @@ from mbc_core.reader.generate import NEW_TOKENS, Embed, answer_prompts
 from mbc_core.reader.language_model import LanguageModel
 from mbc_core.reader.prompt import MAX_PROMPT_TOKENS, Prompt, PromptFormat
 
+_AT_ONCE = 512  # passages: a distribution over the dictionary each
+
 
 def attend_prompt(
     form: PromptFormat, passages: int, question: str, soft_tokens: int, pad_id: int, max_tokens: int = MAX_PROMPT_TOKENS
@@ -85,28 +87,30 @@ def soft_embedding(
 
 @torch.inference_mode()
 def read_vectors(
-    projector: AttendProjector, passages: Sequence[Float32], questions: Float32, device: torch.device
+    projector: AttendProjector, passages: Sequence[Float32], questions: Float32, embeddings: Tensor
 ) -> list[Tensor]:
     """Soft tokens of each question's passages.
 
     Args:
         passages: for each question x̂ of its passages, best first, float32 [k, d].
         questions: q, float32 [n, d], unit norm.
+        embeddings: of the language model's vocabulary, [V, lm_width].
 
     Returns:
-        for each question [k, soft_tokens, lm_width], on the device.
+        for each question [k, soft_tokens, lm_width], on the device of ``embeddings``.
 
     Raises:
         UsageError: vectors of another width than the projector's.
     """
+    widths = {one.shape[-1] for one in passages}
     if len(passages) != len(questions) or any(one.shape[1:] != (projector.config.width,) for one in passages):
         raise UsageError(
             "the vectors do not fit the attend projector",
-            value=f"{len(passages)} lists, {len(questions)} questions, widths {({one.shape[-1] for one in passages})}",
+            value=f"{len(passages)} lists, {len(questions)} questions, widths {widths}",
             cause=f"vectors of width {projector.config.width} are expected, a list a question",
             fix="use the encoder that the projector was trained for",
         )
-    counts = [len(one) for one in passages]
+    counts, device = [len(one) for one in passages], embeddings.device
     if not sum(counts):
         empty = torch.zeros(0, projector.config.soft_tokens, projector.config.lm_width, device=device)
         return [empty for _ in counts]
@@ -114,7 +118,11 @@ def read_vectors(
     stacked = torch.from_numpy(np.concatenate(passages).astype(np.float32)).to(device)
     owner = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)).to(device)
     asked = torch.from_numpy(np.asarray(questions, dtype=np.float32)).to(device)
-    return list(projector(stacked, asked[owner]).split(counts))
+    soft = [
+        projector(stacked[start : start + _AT_ONCE], asked[owner[start : start + _AT_ONCE]], embeddings)
+        for start in range(0, len(owner), _AT_ONCE)
+    ]
+    return list(torch.split(torch.cat(soft), counts))
 
 
 def answer_attend(
@@ -142,7 +150,8 @@ def answer_attend(
     Raises:
         UsageError: vectors of another width, or a question that is too long.
     """
-    soft = read_vectors(projector, passages, question_vectors, language_model.device)
+    embeddings = language_model.model.get_input_embeddings().weight
+    soft = read_vectors(projector, passages, question_vectors, embeddings)
     size, pad = projector.config.soft_tokens, language_model.pad_id
     prompts = [
         attend_prompt(form, len(found), question, size, pad, max_tokens)

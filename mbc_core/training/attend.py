@@ -14,25 +14,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 
 from mbc_core.codebook.files import Codebook
 from mbc_core.codes import Rotation
 from mbc_core.errors import UsageError
 from mbc_core.evaluation.addresses import AddressIndex
 from mbc_core.lexicon import Lexicon
-from mbc_core.reader.attend import (
-    PROJECTOR_FILE,
-    AttendConfig,
-    AttendProjector,
-    embedding_scale,
-    save_projector,
-)
+from mbc_core.reader.attend import PROJECTOR_FILE, AttendConfig, AttendProjector, save_projector
 from mbc_core.reader.kv_lora import KVLoraConfig, add_kv_lora, load_adapter, save_adapter
 from mbc_core.reader.language_model import LanguageModel
 from mbc_core.reader.prompt import PromptFormat
-from mbc_core.training.attend_data import AttendData, QuestionEncoder, attend_source, encoder_of, joined
-from mbc_core.training.attend_loop import AttendTrainer, AuxLoss, Namer
-from mbc_core.training.attend_naming import NamingPhase, learn_to_name, word_frequencies
+from mbc_core.training.attend_data import AttendData, Shown, attend_source, encoder_of, joined
+from mbc_core.training.attend_dictionary import Dictionary, TextEmbedder
+from mbc_core.training.attend_loop import AttendTrainer, Projectors
+from mbc_core.training.attend_naming import NamingPhase, learn_to_name, start_from_frequencies
 from mbc_core.training.attend_reads import FULL_READS, QUICK_READS, AttendRead, Vectors, read_prepared
 from mbc_core.training.attend_samples import AttendBatch, AttendSource
 from mbc_core.training.attend_sentences import sentence_passages
@@ -44,7 +40,7 @@ from mbc_core.training.samples import Mixture
 
 _POOL_STEPS = 16
 _HELD_OUT_SAMPLES = 1024
-ATTEND_MIXTURE = Mixture(cloze=0.4, passages=(1, 3, 5), weights=(0.5, 0.2, 0.3), full_text=0.0, text_tokens=1)
+ATTEND_MIXTURE = Mixture(cloze=0.4, passages=(1, 3, 5), weights=(0.55, 0.3, 0.15), full_text=0.0, text_tokens=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,16 +48,17 @@ class AttendRun:
     """Size and speed of a run.
 
     Attributes:
-        steps, minutes: the whole run ends at whichever comes first; minutes are of training alone.
+        steps, minutes: the whole run ends at whichever comes first; minutes are of the language model's training alone.
         call_minutes: stop after so many minutes of training in this call and leave a checkpoint to resume from.
         batch: samples a step; rows: samples of one forward pass.
-        soft_tokens, hidden, rank, question, dropout: of the projector (:class:`AttendConfig`).
+        words: in the dictionary.
+        answers, topics, hidden, question, dropout: of the projector (:class:`AttendConfig`).
         variants: share of lines shown by each codebook's codes, and last by the float embedding.
-        as_found: share of samples that show what recall finds, the true passage among it or not.
-        sentences: of each passage that are passages too, at most; needs the encoder.
-        naming: the projector's phase before the language model joins in.
-        cloze_each: cloze questions made of a passage, at most.
         closed: train the adapter without memory on the very same questions: the equally trained closed book.
+        as_found: share of samples that show what recall finds, the true passage among it or not.
+        sentences: of each passage that are passages too, at most.
+        cloze_each: cloze questions made of a passage, at most.
+        naming: the projector's own training.
         mixture: passages a question, cloze questions, distractors.
     """
 
@@ -71,24 +68,22 @@ class AttendRun:
     batch: int = 512
     rows: int = 256
     lr: float = 7e-4
-    projector_rate: float = 1.0
-    weight_decay: float = 0.01
     seed: int = 0
     compile_layers: bool = True
     evaluate_every: float = 0.25
     evaluate_questions: int = 500
-    soft_tokens: int = 4
-    hidden: int = 1024
-    rank: int = 192
+    words: int = 16_384
+    answers: int = 8
+    topics: int = 8
+    hidden: int = 768
     question: bool = True
-    dropout: float = 0.2
+    dropout: float = 0.3
     variants: tuple[float, ...] = (0.7, 0.15, 0.15)
     closed: bool = False
     as_found: float = 0.25
     sentences: int = 2
     cloze_each: int = 2
     naming: NamingPhase = field(default_factory=NamingPhase)
-    aux: AuxLoss = field(default_factory=AuxLoss)
     kv_lora: KVLoraConfig = field(default_factory=KVLoraConfig)
     mixture: Mixture = ATTEND_MIXTURE
 
@@ -107,7 +102,7 @@ def train_attend(
     out_dir: Path,
     run: AttendRun,
     *,
-    encoder: QuestionEncoder | None = None,
+    encoder: TextEmbedder,
     encoder_id: str | None = None,
     start: Path | None = None,
     targets: Sequence[str] | None = None,
@@ -121,8 +116,8 @@ def train_attend(
         prepared: what ``mbc train prepare`` wrote; further folders may hold passages without questions. Their ``dev``
             passages are held out.
         codebooks: of address codes; the first finds distractors and is evaluated with, all are trained on.
-        encoder: embeds the cloze questions made from the passages; without it a projector that looks at questions
-            learns from asked questions alone.
+        encoder: the one that the prepared folders were made with; it embeds the dictionary, sentences and cloze
+            questions.
         encoder_id: of the encoder whose vectors are read; what the first prepared folder says when None.
         start: folder of an adapter to start from, such as the one that reads words; None: a fresh one.
         language_model: the base, without adapter; it is adapted in place.
@@ -144,24 +139,13 @@ def train_attend(
     data = joined([load_prepared(folder) for folder in prepared])
     say(f"loaded {len(data):,} passages, {len(data.questions):,} questions")
     device, form = language_model.device, PromptFormat(language_model.tokenizer)
-    train = data.split("train")
-    if encoder is not None and run.sentences and not run.closed:
-        train = joined([train, sentence_passages(train, encoder, run.sentences, run.seed)])
-        say(f"with their sentences {len(train):,} passages")
-    made = attend_source(
-        train, lexicon, form, codebooks, rotation, run.shown, run.soft_tokens, run.variants,
-        language_model.pad_id, encoder=None if run.closed else encoder, needs_vectors=run.question and not run.closed,
-        as_found=run.as_found, cloze_each=run.cloze_each, seed=run.seed, device=device, say=say,
-    )  # fmt: skip
-    held_out = attend_source(
-        data.split("dev"), lexicon, form, codebooks, rotation, replace(run.shown, cloze=0.0), run.soft_tokens,
-        (1.0, *(0.0 for _ in run.variants[1:])), language_model.pad_id, encoder=None, needs_vectors=True,
-        seed=run.seed, device=device,
-    )  # fmt: skip
-    resumed = resume and (out_dir / "checkpoint" / "state.json").exists()
-    trainer, adapted, naming = _trainer(
-        language_model, made, held_out, run, rotation.width, targets, start, say, skip_naming=resumed
+    made, held_out, dictionary = _data(
+        data, lexicon, form, codebooks, rotation, run, encoder, language_model.pad_id, device, say
     )
+    projectors, naming = _projectors(
+        made, held_out, dictionary, run, rotation.width, language_model, out_dir, say, resume=resume
+    )
+    trainer, adapted = _trainer(language_model, projectors, made, run, targets, start)
     if resume and load_checkpoint(out_dir / "checkpoint", trainer):
         say(f"resumed at step {trainer.progress.step:,} after {trainer.progress.seconds:.0f} s of training")
     reads = _Reads(adapted, trainer, run, rotation, codebooks[0], say)
@@ -194,19 +178,102 @@ def _check(run: AttendRun, codebooks: Sequence[Codebook]) -> None:
         )
 
 
-def _trainer(
-    language_model: LanguageModel,
+def _data(
+    data: Prepared,
+    lexicon: Lexicon,
+    form: PromptFormat,
+    codebooks: Sequence[Codebook],
+    rotation: Rotation,
+    run: AttendRun,
+    encoder: TextEmbedder,
+    pad_id: int,
+    device: torch.device,
+    say: Callable[[str], None],
+) -> tuple[AttendData, AttendData, Dictionary]:
+    """What is trained on, what is held out, and the dictionary of the former."""
+    train = data.split("train")
+    dictionary = Dictionary.of(train, run.words, encoder, form)
+    say(f"made a dictionary of {len(dictionary.words):,} words")
+    folds = np.random.default_rng([run.seed, 13]).integers(0, 2, len(train))
+    if run.sentences:
+        sentences, owners = sentence_passages(train, encoder, run.sentences, run.seed)
+        train, folds = joined([train, sentences]), np.concatenate([folds, folds[owners]])
+        say(f"with their sentences {len(train):,} passages")
+    size = run.answers + run.topics
+    made = attend_source(
+        train, lexicon, form, codebooks, rotation, run.shown, Shown(size, run.variants, pad_id, run.as_found),
+        dictionary, encoder=encoder, folds=folds, cloze_each=run.cloze_each, seed=run.seed, device=device, say=say,
+    )  # fmt: skip
+    plain = Shown(size, (1.0, *(0.0 for _ in run.variants[1:])), pad_id)
+    held_out = attend_source(
+        data.split("dev"), lexicon, form, codebooks, rotation, replace(run.shown, cloze=0.0), plain, dictionary,
+        encoder=None, seed=run.seed, device=device,
+    )  # fmt: skip
+    return made, held_out, dictionary
+
+
+def _projectors(
     data: AttendData,
     held_out: AttendData,
+    dictionary: Dictionary,
     run: AttendRun,
     width: int,
-    targets: Sequence[str] | None,
-    start: Path | None,
+    language_model: LanguageModel,
+    out_dir: Path,
     say: Callable[[str], None],
     *,
-    skip_naming: bool,
-) -> tuple[AttendTrainer, LanguageModel, list[dict[str, float]]]:
-    """The trainer, the adapted model, and the curve of the naming phase."""
+    resume: bool,
+) -> tuple[Projectors, list[dict[str, float]]]:
+    """Three projectors that can name words, taken up from ``out_dir`` if they are there; and the kept one's curve."""
+    lm_width = int(language_model.model.get_input_embeddings().weight.shape[1])
+    config = AttendConfig(
+        width, lm_width, len(dictionary.words), run.answers, run.topics, run.hidden, run.question, run.dropout
+    )
+    found: list[AttendProjector] = []
+    curve: list[dict[str, float]] = []
+    told = json.dumps(
+        [asdict(config), asdict(run.naming), run.variants, run.seed, len(data.naming.rows), *dictionary.words]
+    )
+    tag = hashlib.sha256(told.encode()).hexdigest()[:12]
+    for name, fold in (("whole", None), ("half-0", 0), ("half-1", 1)):
+        with torch.random.fork_rng():
+            torch.manual_seed(run.seed)
+            projector = AttendProjector(config, dictionary.vectors, dictionary.tokens).to(language_model.device)
+            kept = out_dir / "naming" / f"{name}-{tag}.safetensors"
+            if not run.closed and not (resume and _take_up(projector, kept)):
+                start_from_frequencies(projector, data.naming)
+                phase = run.naming if fold is None else replace(run.naming, steps=(run.naming.steps + 1) // 2)
+                line = learn_to_name(
+                    projector, data.naming, held_out.naming, phase, run.variants, fold=fold, seed=run.seed, say=say
+                )
+                curve = line if fold is None else curve
+                _keep(projector, kept)
+        found.append(projector.eval().requires_grad_(False))
+    return Projectors(found[0], (found[1], found[2])), curve
+
+
+def _keep(projector: AttendProjector, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = path.with_name(f".{path.name}.writing")
+    save_file({name: one.detach().cpu().contiguous() for name, one in projector.state_dict().items()}, staging)
+    staging.replace(path)
+
+
+def _take_up(projector: AttendProjector, path: Path) -> bool:
+    if not path.exists():
+        return False
+    projector.load_state_dict(load_file(path))
+    return True
+
+
+def _trainer(
+    language_model: LanguageModel,
+    projectors: Projectors,
+    data: AttendData,
+    run: AttendRun,
+    targets: Sequence[str] | None,
+    start: Path | None,
+) -> tuple[AttendTrainer, LanguageModel]:
     if start is not None:
         adapted, config = load_adapter(language_model.model, start, base_digest=language_model.digest)
         if (config.r, config.alpha) != (run.kv_lora.r, run.kv_lora.alpha):
@@ -219,30 +286,12 @@ def _trainer(
     else:
         adapted = add_kv_lora(language_model.model, run.kv_lora, names=targets, seed=run.seed)
     adapted_lm = LanguageModel(adapted, language_model.tokenizer, language_model.digest, language_model.name)
-    weight, device = adapted.get_input_embeddings().weight, language_model.device
-    with torch.random.fork_rng():
-        torch.manual_seed(run.seed)
-        config_of = AttendConfig(
-            width, int(weight.shape[1]), run.soft_tokens, run.hidden, run.rank, run.question, run.dropout
-        )
-        projector = AttendProjector(config_of, embedding_scale(weight)).to(device)
-        namer, share = Namer(int(weight.shape[0])).to(device), run.aux.answer_share if run.question else 0.0
-        curve: list[dict[str, float]] = []
-        if not run.closed:
-            with torch.no_grad():
-                namer.bias.copy_(word_frequencies(data, len(weight), share).log())
-        if run.naming.steps and not run.closed and not skip_naming:
-            curve = learn_to_name(
-                projector, namer, weight, data, held_out, run.naming, answer_share=share, variants=run.variants,
-                seed=run.seed, say=say,
-            )  # fmt: skip
+    projectors.whole.likely.requires_grad_(True)
     schedule = Schedule(run.steps, run.minutes * 60 if run.minutes else None, run.lr)
-    trainer = AttendTrainer(
-        adapted_lm, projector, data.tables, schedule, aux=run.aux, namer=namer, projector_rate=run.projector_rate,
-        weight_decay=run.weight_decay, seed=run.seed,
-        compile_layers=run.compile_layers and device.type == "cuda",
-    )  # fmt: skip
-    return trainer, adapted_lm, curve
+    compiled = run.compile_layers and language_model.device.type == "cuda"
+    return AttendTrainer(
+        adapted_lm, projectors, data.tables, schedule, seed=run.seed, compile_layers=compiled
+    ), adapted_lm
 
 
 def _train(
@@ -276,7 +325,6 @@ def _train(
             "samples": here.samples,
             "seconds": round(here.seconds, 2),
             "loss": round(here.loss, 4),
-            "aux": round(trainer.aux_loss, 4) if trainer.aux_loss == trainer.aux_loss else None,
             "lr": trainer.schedule.rate(share),
             "samples_per_second": round((here.samples - logged[0]) / max(1e-9, here.seconds - logged[1]), 1),
         }
@@ -420,7 +468,7 @@ def _card(
         "base": {"name": language_model.name, "digest": language_model.digest},
         "encoder": encoder_id,
         "parameters": {
-            "projector": 0 if run.closed else sum(n for name, n in sizes.items() if name.startswith("projector.")),
+            "projector": 0 if run.closed else sum(one.numel() for one in trainer.projector.parameters()),
             "kv_lora": sum(n for name, n in sizes.items() if "lora_" in name),
         },
         "finished": finished,

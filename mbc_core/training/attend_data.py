@@ -1,11 +1,10 @@
-"""What ``mbc train attend`` learns from, as tables on the device: passage vectors, question vectors, words, answers."""
+"""What ``mbc train attend`` learns from: samples, and tables on the device that their batches point into."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -20,21 +19,14 @@ from mbc_core.evaluation.addresses import AddressIndex
 from mbc_core.lexicon import Lexicon
 from mbc_core.reader.attend import passage_vectors
 from mbc_core.reader.prompt import PromptFormat
+from mbc_core.training.attend_dictionary import Dictionary, TextEmbedder
 from mbc_core.training.attend_loop import AttendTables
-from mbc_core.training.attend_samples import AttendSource, padded_table
+from mbc_core.training.attend_naming import NamingTables
+from mbc_core.training.attend_samples import AttendSource
 from mbc_core.training.prepared import Prepared
 from mbc_core.training.samples import Mixture, build_source, cloze_questions, distractors
 
 _SEARCHED = 25
-_WORD_TOKENS = 40
-_ANSWER_TOKENS = 8
-
-
-class QuestionEncoder(Protocol):
-    """What is needed of an encoder."""
-
-    def encode_questions(self, questions: Sequence[str]) -> NDArray[np.float32]:
-        """float32 [n, d], unit norm."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +35,17 @@ class AttendData:
 
     source: AttendSource
     tables: AttendTables
+    naming: NamingTables
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """How samples are shown: soft tokens a passage, how often each of its vectors, and see :class:`AttendSource`."""
+
+    soft_tokens: int
+    variants: tuple[float, ...]
+    pad_id: int
+    as_found: float = 0.0
 
 
 def joined(parts: Sequence[Prepared]) -> Prepared:
@@ -68,24 +71,22 @@ def attend_source(
     codebooks: Sequence[Codebook],
     rotation: Rotation,
     mixture: Mixture,
-    soft_tokens: int,
-    variants: tuple[float, ...],
-    pad_id: int,
+    shown: Shown,
+    dictionary: Dictionary,
     *,
-    encoder: QuestionEncoder | None,
-    needs_vectors: bool,
-    as_found: float = 0.0,
+    encoder: TextEmbedder | None,
+    folds: NDArray[np.int64] | None = None,
     cloze_each: int = 2,
-    seed: int,
+    seed: int = 0,
     device: torch.device,
     say: Callable[[str], None] = lambda line: None,
 ) -> AttendData:
     """Search neighbours, make cloze questions, tokenise, and lay everything out.
 
     Args:
+        encoder: embeds the cloze questions; without one there are none.
+        folds: int64 [passages], 0 or 1; None: nothing is trained on these passages.
         cloze_each: cloze questions made of a passage, at most.
-        as_found: see :class:`AttendSource`.
-        needs_vectors: whether a question without an embedding is of no use; cloze questions then need ``encoder``.
 
     Raises:
         UsageError: there is nothing to train on.
@@ -96,30 +97,26 @@ def attend_source(
     others, ranks = distractors(data.rows, indices[0].nearest(data.question_embeddings, _SEARCHED))
     passage_others, _ = distractors(np.arange(len(data)), indices[0].nearest(data.embeddings, _SEARCHED))
     say("found the neighbours by code")
-    with_cloze = mixture.cloze > 0 and (encoder is not None or not needs_vectors)
-    cloze = cloze_questions(data, cloze_each, seed) if with_cloze else []
+    cloze = cloze_questions(data, cloze_each, seed) if mixture.cloze > 0 and encoder is not None else []
     samples = build_source(
         data, lexicon, form, others, ranks, passage_others, mixture=mixture, cloze=cloze, seed=seed, say=say
     )
     asked = [data.question_embeddings]
-    if cloze:
-        empty = np.zeros((len(cloze), rotation.width), np.float32)
-        asked.append(encoder.encode_questions([one[0] for one in cloze]) if encoder is not None else empty)
-        say(f"embedded {len(cloze):,} cloze questions" if encoder is not None else "cloze questions without embeddings")
-    source = AttendSource(samples, soft_tokens, variants, pad_id, as_found)
+    words, answers = dictionary.targets(data)
+    if cloze and encoder is not None:
+        asked.append(encoder.encode_questions([question for question, _, _ in cloze]))
+        answers = torch.cat([answers, dictionary.answer_targets([answer for _, answer, _ in cloze])])
+        say(f"embedded {len(cloze):,} cloze questions")
     vectors = [decoded(index, one, rotation) for index, one in zip(indices, codebooks, strict=True)]
-    tables = AttendTables(
-        torch.from_numpy(np.stack([*vectors, data.embeddings]).astype(np.float16)),
-        torch.from_numpy(np.concatenate(asked).astype(np.float16)),
-        torch.from_numpy(padded_table(samples.words, _WORD_TOKENS)),
-        torch.from_numpy(_answers(padded_table(samples.answers, _ANSWER_TOKENS), form.end[-1])),
+    stacked = torch.from_numpy(np.stack([*vectors, data.embeddings]).astype(np.float16)).to(device)
+    questions = torch.from_numpy(np.concatenate(asked).astype(np.float16)).to(device)
+    halves = torch.from_numpy(np.zeros(len(data), np.int64) if folds is None else folds).to(device)
+    rows = torch.from_numpy(samples.rows).to(device)
+    return AttendData(
+        AttendSource(samples, shown.soft_tokens, shown.variants, shown.pad_id, shown.as_found),
+        AttendTables(stacked, questions, halves, folds is None),
+        NamingTables(stacked, questions, words.to(device), answers.to(device), rows, halves),
     )
-    return AttendData(source, tables.to(device))
-
-
-def _answers(table: NDArray[np.int64], end: int) -> NDArray[np.int64]:
-    """Without the end of text, which no soft token has to name."""
-    return np.where(table == end, -1, table)
 
 
 def encoder_of(prepared: Path) -> str:

@@ -1,7 +1,9 @@
-"""The projector alone, before the language model joins in: vectors must name words and answers.
+"""The projector's own training: a vector must name the words of its passage and of the answer that is sought.
 
-A step costs one product with the vocabulary instead of a pass through the language model, so thousands of passages fit
-into a step, and the projector speaks before the adapter learns to listen.
+A step costs one product with the dictionary and no pass through the language model, so thousands of questions fit into
+a step. Three projectors are trained: one that is kept, on everything; and one on each half of the passages, which names
+the other half while the language model learns to read. A projector names passages that it was trained on better than
+new ones, and a language model that had read those names would trust it too much.
 """
 
 from __future__ import annotations
@@ -13,115 +15,143 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mbc_core.reader.attend import AttendProjector
-from mbc_core.training.attend_data import AttendData
-from mbc_core.training.attend_loop import Namer
-from mbc_core.training.attend_samples import aux_targets
+from mbc_core.reader.attend import ANSWER, TOPIC, AttendProjector
 from mbc_core.training.loop import Schedule
 
 _LOOKS = 8
-_HELD_OUT = 2048
+_HELD_OUT = 4096
 
 
 @dataclass(frozen=True, slots=True)
 class NamingPhase:
-    """Size of the phase: optimizer steps (0: none), questions a step, highest learning rate."""
+    """Size of the phase: optimizer steps, questions a step, highest learning rate."""
 
     steps: int = 1000
     batch: int = 2048
-    lr: float = 1.5e-3
-    weight_decay: float = 0.02
+    lr: float = 1e-3
+    weight_decay: float = 0.1
+
+
+@dataclass(frozen=True, eq=False)
+class NamingTables:
+    """Vectors and what they are to name, on the device.
+
+    Attributes:
+        vectors: float16 [variants, passages, d]. questions: float16 [questions, d].
+        words: int64 [passages, m], answers: int64 [questions, a]: numbers of words, -1 where there are no more.
+        rows: int64 [questions], the passage that answers.
+        folds: int64 [passages], 0 or 1.
+    """
+
+    vectors: Tensor
+    questions: Tensor
+    words: Tensor
+    answers: Tensor
+    rows: Tensor
+    folds: Tensor
 
 
 def learn_to_name(
     projector: AttendProjector,
-    namer: Namer,
-    embeddings: Tensor,
-    data: AttendData,
-    held_out: AttendData,
+    tables: NamingTables,
+    held_out: NamingTables,
     phase: NamingPhase,
-    *,
-    answer_share: float,
     variants: tuple[float, ...],
+    *,
+    fold: int | None = None,
     seed: int = 0,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[dict[str, float]]:
-    """Train ``projector`` and ``namer`` in place; they end as they were when the held-out loss was least.
+    """Train ``projector`` in place; it ends as it was when the held-out loss was least.
 
     Args:
-        embeddings: of the language model's vocabulary, [V, width], on the device.
         held_out: passages and questions that are not trained on.
-        answer_share, variants: as in :class:`mbc_core.training.attend.AttendRun`.
+        variants: how often each of a passage's vectors is shown.
+        fold: only questions about passages of this fold; None: all.
 
     Returns:
-        the curve: step, loss, held_out_loss.
+        the curve: step, loss, held-out loss of answers and words, and how often an answer's word is among the first
+        16 of the answer head.
     """
-    weights = [*projector.parameters(), *namer.parameters()]
-    optimizer = torch.optim.AdamW(weights, lr=phase.lr, weight_decay=phase.weight_decay)
+    device = tables.vectors.device
+    optimizer = torch.optim.AdamW(projector.parameters(), lr=phase.lr, weight_decay=phase.weight_decay)
     schedule = Schedule(phase.steps, None, phase.lr)
-    device = embeddings.device
     draw = torch.Generator(device="cpu").manual_seed(seed)
     shares = torch.tensor(variants)
-    rows = torch.from_numpy(data.source.samples.rows).to(device)
+    mine = torch.arange(len(tables.rows), device=device)
+    mine = mine if fold is None else mine[tables.folds[tables.rows] == fold]
     best, curve = float("inf"), []
-    kept: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None
-    for step in range(phase.steps):
+    kept: dict[str, Tensor] | None = None
+    for step in range(phase.steps if len(mine) else 0):
         for group in optimizer.param_groups:
             group["lr"] = schedule.rate(schedule.progress(step, 0.0))
         projector.train()
-        asked = torch.randint(len(rows), (phase.batch,), generator=draw).to(device)
+        asked = mine[torch.randint(len(mine), (phase.batch,), generator=draw).to(device)]
         variant = torch.multinomial(shares, phase.batch, replacement=True, generator=draw).to(device)
-        loss = _loss(projector, namer, embeddings, data, asked, rows[asked], variant, answer_share)
+        answers, words = _losses(projector, tables, asked, variant)
         optimizer.zero_grad()
-        torch.autograd.backward(loss)
-        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        torch.autograd.backward(answers + words)
+        torch.nn.utils.clip_grad_norm_(projector.parameters(), 1.0)
         optimizer.step()
         if (step + 1) % max(1, phase.steps // _LOOKS) == 0 or step + 1 == phase.steps:
-            now = _held_out_loss(projector, namer, embeddings, held_out, answer_share)
-            curve.append({"step": float(step + 1), "loss": float(loss.detach()), "held_out_loss": now})
-            say(f"naming step {step + 1}  loss {float(loss.detach()):.3f}  held out {now:.3f}")
-            if now < best:
-                best, kept = now, (copy.deepcopy(projector.state_dict()), copy.deepcopy(namer.state_dict()))
+            line = {"step": float(step + 1), "loss": float((answers + words).detach()), **_look(projector, held_out)}
+            curve.append(line)
+            say("naming  " + "  ".join(f"{name} {value:.4g}" for name, value in line.items()))
+            if line["held_out_answers"] + line["held_out_words"] < best:
+                best = line["held_out_answers"] + line["held_out_words"]
+                kept = copy.deepcopy(projector.state_dict())
     if kept is not None:
-        projector.load_state_dict(kept[0])
-        namer.load_state_dict(kept[1])
+        projector.load_state_dict(kept)
+    projector.eval()
     return curve
 
 
-def word_frequencies(data: AttendData, vocabulary: int, answer_share: float) -> Tensor:
-    """How often each token is to be named, float32 [vocabulary], summing to 1; none is 0."""
-    counts = torch.full((vocabulary,), 1e-2)
-    rows = torch.from_numpy(data.source.samples.rows)
-    ids, weights = aux_targets(data.tables.words.cpu()[rows], data.tables.answers.cpu(), answer_share)
-    counts.index_add_(0, ids.flatten(), weights.flatten())
-    return counts / counts.sum()
+def start_from_frequencies(projector: AttendProjector, tables: NamingTables) -> None:
+    """Each head's bias becomes the logarithm of how often it has to name each word."""
+    for head, targets in ((ANSWER, tables.answers), (TOPIC, tables.words)):
+        there = targets[targets >= 0]
+        counts = torch.full((projector.config.words,), 0.05, device=targets.device)
+        counts.index_add_(0, there, torch.ones_like(there, dtype=torch.float32))
+        with torch.no_grad():
+            projector.bias[head] = (counts / counts.sum()).log()
 
 
-def _loss(
-    projector: AttendProjector,
-    namer: Namer,
-    embeddings: Tensor,
-    data: AttendData,
-    asked: Tensor,
-    rows: Tensor,
-    variant: Tensor,
-    answer_share: float,
-) -> Tensor:
-    tables = data.tables
-    vectors, questions = tables.vectors[variant, rows].float(), tables.questions[asked].float()
-    ids, weights = aux_targets(tables.words[rows], tables.answers[asked], answer_share)
-    with torch.autocast(embeddings.device.type, torch.bfloat16, enabled=embeddings.device.type == "cuda"):
-        soft = projector(vectors, questions)
-        named: Tensor = namer(soft.to(embeddings.dtype), embeddings, ids, weights)
-    return named.mean()
+def named_loss(likelihood: Tensor, targets: Tensor) -> Tensor:
+    """Mean negative log-likelihood of each row's words, averaged over the rows that have any.
+
+    Args:
+        likelihood: log-softmax over words, [n, V].
+        targets: int64 [n, m], -1 where there are no more.
+    """
+    there = (targets >= 0).float()
+    each = -(likelihood.gather(1, targets.clamp(min=0)) * there).sum(1) / there.sum(1).clamp(min=1)
+    having = (there.sum(1) > 0).float()
+    return (each * having).sum() / having.sum().clamp(min=1)
+
+
+def _losses(projector: AttendProjector, tables: NamingTables, asked: Tensor, variant: Tensor) -> tuple[Tensor, Tensor]:
+    rows = tables.rows[asked]
+    device = rows.device.type
+    with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+        logits = projector.logits(tables.vectors[variant, rows].float(), tables.questions[asked].float())
+    likelihood = logits.float().log_softmax(-1)
+    answers = named_loss(likelihood[:, ANSWER], tables.answers[asked])
+    return answers, named_loss(likelihood[:, TOPIC], tables.words[rows])
 
 
 @torch.no_grad()
-def _held_out_loss(
-    projector: AttendProjector, namer: Namer, embeddings: Tensor, data: AttendData, answer_share: float
-) -> float:
+def _look(projector: AttendProjector, held_out: NamingTables) -> dict[str, float]:
     projector.eval()
-    rows = torch.from_numpy(data.source.samples.rows[:_HELD_OUT]).to(embeddings.device)
-    asked = torch.arange(len(rows), device=embeddings.device)
-    first = torch.zeros_like(rows)
-    return float(_loss(projector, namer, embeddings, data, asked, rows, first, answer_share))
+    count = min(_HELD_OUT, len(held_out.rows))
+    if not count:
+        return {"held_out_answers": 0.0, "held_out_words": 0.0, "hit_16": 0.0}
+    asked = torch.arange(count, device=held_out.rows.device)
+    answers, words = _losses(projector, held_out, asked, torch.zeros_like(asked))
+    rows = held_out.rows[asked]
+    logits = projector.logits(held_out.vectors[0, rows].float(), held_out.questions[asked].float())
+    best = logits[:, ANSWER].topk(min(16, projector.config.words), dim=-1).indices
+    sought = held_out.answers[asked]
+    having = (sought >= 0).any(1)
+    hit = ((best[:, :, None] == sought[:, None, :]) & (sought[:, None, :] >= 0)).flatten(1).any(1)
+    share = (hit & having).sum() / having.sum().clamp(min=1)
+    return {"held_out_answers": float(answers), "held_out_words": float(words), "hit_16": float(share)}

@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -29,7 +28,6 @@ class AttendBatch:
         first: int64 [lines], place of each passage's first soft token in the flattened batch.
         passages, asked: int64 [lines], the passage and the question of each line.
         variants: int64 [lines], which of a passage's vectors is shown.
-        true_lines: int64 [rows with memory], the line of the passage that answers.
         samples: rows.
     """
 
@@ -40,7 +38,6 @@ class AttendBatch:
     passages: Tensor
     asked: Tensor
     variants: Tensor
-    true_lines: Tensor
     samples: int
 
 
@@ -66,8 +63,8 @@ class AttendSource:
         """Batches of ``rows`` samples (the last may be smaller) of pool ``number``, the same for equal arguments."""
         rng = np.random.default_rng([seed, number, 7])
         question, k = self._draw(rng, size)
-        owner, passage, is_true = self.samples.choose_lines(rng, question, k)
-        passage, is_true = self._as_found(rng, question, k, owner, passage, is_true)
+        owner, passage, _ = self.samples.choose_lines(rng, question, k)
+        passage = self._as_found(rng, question, k, owner, passage)
         variant = rng.choice(len(self.variants), size=len(owner), p=np.array(self.variants) / sum(self.variants))
         lines = np.bincount(owner, minlength=size)
         length = self._lengths(question, lines)
@@ -77,30 +74,19 @@ class AttendSource:
         batches = []
         for group in groups:
             chosen = spread(begin[group], lines[group])
-            batches.append(
-                self._batch(question[group], lines[group], passage[chosen], is_true[chosen], variant[chosen])
-            )
+            batches.append(self._batch(question[group], lines[group], passage[chosen], variant[chosen]))
         rng.shuffle(batches)
         return batches
 
-    def _as_found(
-        self,
-        rng: np.random.Generator,
-        question: Int64,
-        k: Int64,
-        owner: Int64,
-        passage: Int64,
-        is_true: NDArray[np.bool_],
-    ) -> tuple[Int64, NDArray[np.bool_]]:
+    def _as_found(self, rng: np.random.Generator, question: Int64, k: Int64, owner: Int64, passage: Int64) -> Int64:
         """Where recall misses the true passage, a share of samples shows the passages that it finds instead."""
         others, lines = self.samples.others, np.bincount(owner, minlength=len(question))
         chosen = (rng.random(len(question)) < self.as_found) & (self.samples.ranks[question] >= k)
         if not others.shape[1] or not chosen.any():
-            return passage, is_true
+            return passage
         place = np.arange(len(owner)) - np.repeat(np.cumsum(lines) - lines, lines)
         found = others[question[owner], np.minimum(place, others.shape[1] - 1)]
-        replaced = chosen[owner] & (found >= 0)
-        return np.where(replaced, found, passage), is_true & ~replaced
+        return np.where(chosen[owner] & (found >= 0), found, passage)
 
     def _draw(self, rng: np.random.Generator, size: int) -> tuple[Int64, Int64]:
         """Which questions, and how many passages each shows."""
@@ -124,7 +110,6 @@ class AttendSource:
         question: Int64,
         lines: NDArray[np.int64],
         passage: Int64,
-        is_true: NDArray[np.bool_],
         variant: NDArray[np.int64],
     ) -> AttendBatch:
         source, rows = self.samples, np.arange(len(question))
@@ -152,7 +137,6 @@ class AttendSource:
             pinned(passage.astype(np.int64)),
             pinned(question[owner]),
             pinned(variant.astype(np.int64)),
-            pinned(np.flatnonzero(is_true)),
             len(question),
         )
 
@@ -162,30 +146,3 @@ def _copy(ids: Int64, at: Int64, lists: Ragged, which: Int64) -> Int64:
     lengths = lists.lengths[which]
     ids[spread(at, lengths)] = lists.values[spread(lists.starts[which], lengths)]
     return lengths
-
-
-def padded_table(lists: Ragged, most: int) -> NDArray[np.int64]:
-    """The first ``most`` ids of each list, int64 [lists, ≤ most], -1 where there are no more."""
-    kept = np.minimum(lists.lengths, most)
-    width = max(1, int(kept.max(initial=0)))
-    table = np.full((len(kept), width), -1, dtype=np.int64)
-    table[np.arange(width)[None, :] < kept[:, None]] = lists.values[spread(lists.starts, kept)]
-    return table
-
-
-def aux_targets(words: Tensor, answers: Tensor, answer_share: float) -> tuple[Tensor, Tensor]:
-    """What soft tokens shall name: a passage's words, and the answer that is sought.
-
-    Args:
-        words: int64 [n, m], token ids of a passage's salient words, -1 where there are no more.
-        answers: int64 [n, a], those of the answer.
-        answer_share: of the weight; the rest is the words'. Each list shares its weight evenly.
-
-    Returns:
-        ids int64 [n, m + a] (0 where there are no more) and weights float32 of the same shape.
-    """
-    parts = []
-    for ids, share in ((words, 1 - answer_share), (answers, answer_share)):
-        there = (ids >= 0).float()
-        parts.append(share * there / there.sum(1, keepdim=True).clamp(min=1))
-    return torch.cat([words, answers], dim=1).clamp(min=0), torch.cat(parts, dim=1)

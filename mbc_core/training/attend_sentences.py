@@ -6,33 +6,27 @@ Their sentences are other texts with other vectors and fewer words each, at the 
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from mbc_core.evaluation.cloze import sentences_of
+from mbc_core.training.attend_dictionary import TextEmbedder
 from mbc_core.training.prepared import Prepared
 from mbc_core.words import split_words
 
 _FEWEST_WORDS = 6
 
 
-class TextEmbedder(Protocol):
-    """What is needed of an encoder: a text is embedded alike as a passage and as a question."""
-
-    def encode_questions(self, questions: list[str]) -> NDArray[np.float32]:
-        """float32 [n, d], unit norm."""
-
-
-def sentence_passages(data: Prepared, encoder: TextEmbedder, each: int, seed: int = 0) -> Prepared:
+def sentence_passages(
+    data: Prepared, encoder: TextEmbedder, each: int, seed: int = 0
+) -> tuple[Prepared, NDArray[np.int64]]:
     """At most ``each`` sentences of every passage, drawn by the seed; a passage of one sentence gives none.
 
     Words keep the salience that they have in the passage.
 
     Returns:
-        passages of the split ``train`` without questions.
+        passages of the split ``train`` without questions, and int64 [n], the row of the passage each is from.
     """
     rng = np.random.default_rng([seed, 11])
     texts, owners = [], []
@@ -59,7 +53,8 @@ def sentence_passages(data: Prepared, encoder: TextEmbedder, each: int, seed: in
     width = data.embeddings.shape[1]
     embeddings = encoder.encode_questions(texts) if texts else np.zeros((0, width), np.float32)
     nothing = np.zeros(0, dtype=np.int64)
-    return Prepared(table, embeddings, [], [], nothing, np.zeros((0, width), np.float32))
+    made = Prepared(table, embeddings, [], [], nothing, np.zeros((0, width), np.float32))
+    return made, np.array(owners, dtype=np.int64)
 
 
 def _scores(data: Prepared, owners: list[int], words: list[list[str]]) -> list[list[float]]:

@@ -35,8 +35,8 @@ from tests.mbc_core.tiny_reader import (
 pytestmark = pytest.mark.usefixtures("single_thread")
 
 RUN = AttendRun(
-    steps=6, minutes=None, batch=8, rows=4, lr=3e-3, evaluate_questions=4, evaluate_every=0.9, soft_tokens=3,
-    hidden=32, rank=8, variants=(0.8, 0.2), naming=NamingPhase(steps=4, batch=8), kv_lora=KVLoraConfig(r=2, alpha=4), mixture=ATTEND_MIXTURE,
+    steps=6, minutes=None, batch=8, rows=4, lr=3e-3, evaluate_questions=4, evaluate_every=0.9, words=60, answers=3,
+    topics=2, hidden=32, variants=(0.8, 0.2), naming=NamingPhase(steps=4, batch=8), kv_lora=KVLoraConfig(r=2, alpha=4), mixture=ATTEND_MIXTURE,
 )  # fmt: skip
 
 
@@ -67,7 +67,7 @@ def test_projector_adapter_card_and_curve_are_written(prepared, tmp_path, kind):
     ]  # fmt: skip
     base = language_model(kind)
     found = load_projector(tmp_path / PROJECTOR_FILE, base_digest=base.digest)
-    assert found.projector.config.soft_tokens == 3
+    assert found.projector.config.soft_tokens == 5 and found.projector.config.words == 60
     load_adapter(base.model, tmp_path, base_digest=base.digest)
 
 
@@ -131,7 +131,7 @@ def test_the_command_writes_weights_that_can_be_attended_with(prepared, tmp_path
         "attend", str(prepared), "--lm", str(tmp_path / "lm"), "--lexicon", str(tmp_path / "lexicon.json"),
         "--codebook", str(tmp_path / "codebook.safetensors"), "--rotation", str(tmp_path / "rotation.safetensors"),
         "--out", str(tmp_path / "out"), "--steps", "2", "--minutes", "0", "--batch", "4", "--hidden", "16",
-        "--token-rank", "4", "--naming-steps", "2", "--naming-batch", "4", "--rank", "2", "--device", "cpu", "--evaluate-questions", "2", "--variants", "0.6,0.4",
+        "--words", "50", "--naming-steps", "2", "--naming-batch", "4", "--rank", "2", "--device", "cpu", "--evaluate-questions", "2", "--variants", "0.6,0.4",
         "--encoder-id", BagOfWords.encoder_id,
     ]  # fmt: skip
     result = CliRunner().invoke(train, told)
