@@ -103,6 +103,18 @@ def paper_state(model: PaperModel) -> dict[str, Tensor]:
     return state
 
 
+def set_paper_weights(model: PaperModel, folder: Path) -> None:
+    """Give ``model`` the weights that ``folder`` holds.
+
+    Raises:
+        DamagedFile: the folder cannot be read, or its weights are of another shape.
+        ModelError: they were trained with another language model.
+    """
+    told, weights = _read(folder)
+    _require_same("language model", model.language_model.digest, told["language_model"]["digest"])
+    set_paper_state(model, weights, str(folder))
+
+
 @torch.no_grad()
 def set_paper_state(model: PaperModel, state: dict[str, Tensor], where: str) -> None:
     """Copy what :func:`paper_state` gave into ``model``.

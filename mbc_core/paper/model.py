@@ -9,7 +9,7 @@ trained model without memory (``closed=True``) is the control that tells the mem
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -194,6 +194,35 @@ class PaperModel(nn.Module):
                 with torch.no_grad():
                     parts.append(amortizer(ids[rest], mask[rest]))
             return torch.cat(parts)[order.argsort()]
+
+    @torch.no_grad()
+    def calibrate(self, passages: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """With ``standardize``: take z's mean and variance from training passages, at the weights of now.
+
+        Weights move z by more than passages differ, faster than decayed statistics follow: call this before every
+        evaluation and before saving. Without ``standardize`` it does nothing.
+
+        Args:
+            passages: batches of ids and mask, int64 [n, S]; a few hundred passages are enough, one batch will do.
+
+        Raises:
+            UsageError: no passage.
+        """
+        if self.quantizer is None or not self.config.standardize:
+            return
+        count, total, squares = 0, torch.zeros(()), torch.zeros(())
+        for ids, mask in passages:
+            with _evaluation(self._amortizer()):
+                z = self.amortize(ids, mask).double()
+            count, total, squares = count + len(z), z.sum(0) + total.to(z), z.square().sum(0) + squares.to(z)
+        if not count:
+            raise UsageError(
+                "the codes cannot be calibrated on nothing",
+                value=count,
+                cause="no passage was given",
+                fix="pass a few hundred training passages",
+            )
+        self.quantizer.set_scale(total / count, squares / count)
 
     @torch.no_grad()
     def encode_documents(self, ids: Tensor, mask: Tensor) -> Tensor:

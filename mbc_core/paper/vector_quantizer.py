@@ -34,6 +34,7 @@ WAIT = 20
 
 _SMALLEST_COUNT = 1e-6
 _SMALLEST_VARIANCE = 1e-6
+_SCALE_DECAY = 0.9
 
 
 class Quantized(NamedTuple):
@@ -66,7 +67,8 @@ class VectorQuantizer(nn.Module):
         forwards: training forwards so far, int64 scalar.
         vectors: vectors since the last reset, int64 scalar.
         resets: codes reset so far, int64 scalar.
-        z_mean, z_square: with ``standardize``: decayed mean and mean square of z, float32 [T, d_c].
+        z_mean, z_square, z_weight: with ``standardize``: decayed mean and mean square of z, float32 [T, d_c], and
+            the weight that both are divided by. Training uses each batch's own; these are for use.
     """
 
     codebook: nn.Parameter
@@ -120,29 +122,40 @@ class VectorQuantizer(nn.Module):
         with torch.autocast(z.device.type, enabled=False):
             every, start = gather_rows(z) if self.training else (z.detach(), 0)
             if self.config.standardize:
-                if self.training:
-                    self._learn_scale(every)
-                z, every = self.standardized(z), self.standardized(every)
+                # What all passages share is taken out of the gradient too, or it would drift without end.
+                scale = self._learn_scale(every) if self.training else self._scale()
+                every = _scaled(every, scale)
+                z = _scaled(z - (z.mean(0) - z.mean(0).detach()) if self.training else z, scale)
             if self.config.quantize:
                 return self._quantize(z, every, start)
             zero = z.new_zeros(())
             return Quantized(z, None, zero, zero, zero.long(), z.new_zeros(0, dtype=torch.int64))
 
     def standardized(self, z: Tensor) -> Tensor:
-        """What is quantized: z [B, T, d_c] itself, or with ``standardize`` z less its mean, by its deviation."""
-        if not self.config.standardize:
-            return z
-        weight = self.z_weight.clamp(min=_SMALLEST_COUNT)  # Adam's correction of a start at zero
-        mean = self.z_mean / weight
-        variance = (self.z_square / weight - mean.square()).clamp(min=0)
-        return (z - mean) / (variance + _SMALLEST_VARIANCE).sqrt()
+        """What is quantized online: z [B, T, d_c] itself, or with ``standardize`` less its mean, by its deviation."""
+        return _scaled(z, self._scale()) if self.config.standardize else z
 
     @torch.no_grad()
-    def _learn_scale(self, z: Tensor) -> None:
-        decay = self.config.usage_decay
-        self.z_mean.mul_(decay).add_(z.double().mean(0).float(), alpha=1 - decay)
-        self.z_square.mul_(decay).add_(z.double().square().mean(0).float(), alpha=1 - decay)
-        self.z_weight.mul_(decay).add_(1 - decay)
+    def set_scale(self, mean: Tensor, square: Tensor) -> None:
+        """Exact mean and mean square of z, each [T, d_c], in place of the decayed ones of training."""
+        for own, given in ((self.z_mean, mean), (self.z_square, square), (self.z_weight, torch.ones(()))):
+            own.copy_(given)
+
+    def _scale(self) -> tuple[Tensor, Tensor]:
+        """Decayed mean and variance of training, [T, d_c]."""
+        weight = self.z_weight.clamp(min=_SMALLEST_COUNT)  # Adam's correction of a start at zero
+        mean = self.z_mean / weight
+        return mean, (self.z_square / weight - mean.square()).clamp(min=0)
+
+    @torch.no_grad()
+    def _learn_scale(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance of this (global) batch: z moves faster than any decayed mean can follow."""
+        exact = z.double()
+        mean, square = exact.mean(0), exact.square().mean(0)
+        self.z_mean.mul_(_SCALE_DECAY).add_(mean.float(), alpha=1 - _SCALE_DECAY)
+        self.z_square.mul_(_SCALE_DECAY).add_(square.float(), alpha=1 - _SCALE_DECAY)
+        self.z_weight.mul_(_SCALE_DECAY).add_(1 - _SCALE_DECAY)
+        return mean.float(), (square - mean.square()).clamp(min=0).float()
 
     @torch.no_grad()
     def nearest(self, vectors: Tensor) -> Tensor:
@@ -151,7 +164,7 @@ class VectorQuantizer(nn.Module):
         Products are taken in float64 of float32 values: neither autocast, TF32 nor the batch's shape changes a code.
 
         Args:
-            vectors: [..., d_c].
+            vectors: [..., d_c], standardized already where that is on.
         """
         with torch.autocast(vectors.device.type, enabled=False):
             words = self.codebook.detach().double()
@@ -234,6 +247,11 @@ class VectorQuantizer(nn.Module):
         candidates = Candidates(len(rows), rows.astype(np.uint64), rows // tokens, vectors)
         alive = self.codebook.detach()[~dead].cpu().numpy()
         return torch.from_numpy(reset_words(int(dead.sum()), candidates, alive, POOL)).to(z.device)
+
+
+def _scaled(z: Tensor, scale: tuple[Tensor, Tensor]) -> Tensor:
+    mean, variance = scale
+    return (z - mean) / (variance + _SMALLEST_VARIANCE).sqrt()
 
 
 def perplexity(counts: Tensor) -> Tensor:

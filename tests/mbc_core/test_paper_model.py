@@ -164,7 +164,7 @@ def test_learning_falls_below_the_closed_loss():
         optimizer.zero_grad()
         model(same).total.backward()
         optimizer.step()
-    model.eval()
+    model.eval().calibrate([(shown.document_ids, shown.document_mask)])
     with torch.no_grad():
         found = value(model(same).answer)
         rolled = {name: getattr(same, name).roll(1, 0) for name in ("document_ids", "document_mask")}
@@ -201,6 +201,25 @@ def test_codes_under_autocast_are_the_codes_online():
         assert torch.equal(model(shown).quantized.indices, online)
         assert torch.equal(model.encode_documents(shown.document_ids, shown.document_mask), online)
     assert model.training
+
+
+@torch.no_grad()
+def test_calibration_takes_exact_statistics_of_passages_however_they_are_cut():
+    model = paper_model(standardize=True).eval()
+    shown = batch(model)
+    ids, mask = shown.document_ids, shown.document_mask
+    model.calibrate([(ids[:1], mask[:1]), (ids[1:], mask[1:])])
+    z = model.quantizer.standardized(model.amortize(ids, mask))
+    assert z.mean(0).abs().max() < 1e-3
+    assert torch.allclose(z.var(0, correction=0), torch.ones(4, 32), atol=0.05)
+    cut = model.quantizer.z_mean.clone()
+    model.calibrate([(ids, mask)])
+    assert torch.allclose(model.quantizer.z_mean, cut, atol=1e-6)
+    before = model.digest()
+    paper_model().calibrate([])
+    with pytest.raises(UsageError, match="calibrated on nothing"):
+        model.calibrate([])
+    assert model.digest() == before
 
 
 @torch.no_grad()

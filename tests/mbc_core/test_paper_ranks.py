@@ -25,7 +25,7 @@ def test_the_quantizer_is_the_same_on_1_2_and_4_ranks(tmp_path):
         spawn(train_quantizers, ranks, tmp_path / str(ranks), shares)
     for kind in SETTINGS:
         alone = load_file(tmp_path / "1" / f"{kind}-8-rank0.safetensors")
-        assert int(alone["resets"]) > 10
+        assert int(alone["resets"]) > 3
         assert int(alone["forwards"]) == STEPS
         for ranks, shares in dealt.items():
             for share in shares:

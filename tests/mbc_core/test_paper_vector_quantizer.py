@@ -355,13 +355,16 @@ def test_the_loss_is_the_papers_formula():
 
 def test_standardized_vectors_as_typed_out_and_a_passage_never_depends_on_its_neighbours_online():
     made = quantizer([[1.0], [-1.0]], standardize=True, tokens=2, reset=False)
-    first = made(torch.tensor([[[10.0], [3.0]], [[12.0], [3.5]]]))  # each token by its own mean and deviation
-    assert first.indices.tolist() == [[1, 1], [0, 0]]
-    assert value(first.loss) == pytest.approx(0.0, abs=1e-9)
-    made(torch.tensor([[[10.0], [3.0]], [[16.0], [3.5]]]))
-    weight = 0.01 * 0.99 + 0.01
-    mean = (0.01 * 0.99 * 11 + 0.01 * 13) / weight
-    square = (0.01 * 0.99 * 122 + 0.01 * 178) / weight
+    batches = [torch.tensor([[[10.0], [3.0]], [[last], [3.5]]]) for last in (12.0, 16.0)]
+    for z in batches:  # each token by its own mean and deviation in the batch
+        found = made(z.requires_grad_())
+        assert found.indices.tolist() == [[1, 1], [0, 0]]
+        assert value(found.loss) == pytest.approx(0.0, abs=1e-9)
+        weights = torch.tensor([[[1.0], [1.0]], [[3.0], [5.0]]])
+        (gradient,) = torch.autograd.grad((found.vectors * weights).sum(), z)
+        assert gradient.sum(0).flatten().tolist() == pytest.approx([0.0, 0.0], abs=1e-6), "no common drift"
+    mean = (0.1 * 0.9 * 11 + 0.1 * 13) / (0.1 * 0.9 + 0.1)
+    square = (0.1 * 0.9 * 122 + 0.1 * 178) / (0.1 * 0.9 + 0.1)
     z = torch.tensor([[[12.0], [3.25]]])
     found = made.eval().standardized(z)
     assert found.flatten().tolist() == pytest.approx([(12 - mean) / math.sqrt(square - mean**2), 0.0], abs=1e-4)
@@ -369,3 +372,5 @@ def test_standardized_vectors_as_typed_out_and_a_passage_never_depends_on_its_ne
     before = {name: value.clone() for name, value in made.state_dict().items()}
     made(z)
     assert all(torch.equal(value, before[name]) for name, value in made.state_dict().items())
+    made.set_scale(torch.tensor([[10.0], [3.0]]), torch.tensor([[104.0], [9.25]]))
+    assert made.standardized(z).flatten().tolist() == pytest.approx([1.0, 0.5], abs=1e-4)
