@@ -81,6 +81,7 @@ def paper_data_command(
 @click.option("--lm", "source", required=True, help="Language model: a folder or a Hugging Face name.")
 @click.option("--gguf", "gguf_file", default=None, help="Name of the GGUF file inside the folder.")
 @click.option("--out", "out_dir", type=click.Path(path_type=Path), required=True, help="Folder for the model.")
+@click.option("--start-from", type=_FOLDER, default=None, help="A model of this shape to go on from (weights alone).")
 @click.option("--codes", type=click.Choice(["learned", "address"]), default="learned", show_default=True)
 @click.option("--codebook", "codebook_file", type=_FILE, default=None, help="Frozen codebook of address codes.")
 @click.option("--codewords", type=click.IntRange(2), default=512, show_default=True, help="K of a learned codebook.")

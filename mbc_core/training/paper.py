@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -280,10 +281,15 @@ def paper_card(trainer: PaperTrainer, data: PaperData, curve: list[dict[str, Any
         "curve": curve,
         "device": torch.cuda.get_device_name(trainer.device) if cuda else platform.processor() or "CPU",
         "versions": {"torch": torch.__version__, "python": sys.version.split()[0]},
-        "command": " ".join(["mbc", *sys.argv[1:]]),
+        "command": _command(sys.argv),
         "made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         **more,
     }
+
+
+def _command(argv: Sequence[str]) -> str:
+    """The command as it was typed, files and folders by their last name: where they lay concerns nobody."""
+    return " ".join(["mbc train", *(re.sub(r"[^=]*/", "", one) for one in argv[1:])])
 
 
 def require_shippable(data: PaperData) -> None:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from mbc_core.errors import UsageError
 from mbc_core.paper.config import PaperConfig
-from mbc_core.paper.files import WEIGHTS_FILE, save_paper_model
+from mbc_core.paper.files import WEIGHTS_FILE, save_paper_model, set_paper_weights
 from mbc_core.paper.model import PaperModel
 from mbc_core.reader.language_model import LanguageModel, load_language_model
 from mbc_core.reader.prompt import PromptFormat
@@ -42,6 +42,7 @@ class PaperOptions:
     source: str
     gguf_file: str | None
     out_dir: Path
+    start_from: Path | None
     codes: Literal["learned", "address"]
     codebook_file: Path | None
     codewords: int
@@ -171,6 +172,8 @@ def run_paper(told: PaperOptions, say: Say) -> dict[str, Any] | None:
         require_shippable(data)
     base = load_language_model(told.source, told.gguf_file, dtype=told.precision, device=device)
     model = build_model(told, base)
+    if told.start_from is not None:
+        set_paper_weights(model, told.start_from)
     run = told.run(bf16=base.model.dtype == torch.bfloat16)
     on_device = _on_device(told, data, base, torch.device(device), run.chunks)
     trainer = PaperTrainer(model, data, on_device, run, ranks)
@@ -185,9 +188,17 @@ def run_paper(told: PaperOptions, say: Say) -> dict[str, Any] | None:
         results = _measure(told, model, data, on_device, base, say) if finished else {}
     stored = (told.out_dir / WEIGHTS_FILE).read_bytes()
     file = {"file_sha256": hashlib.sha256(stored).hexdigest(), "bytes": len(stored)}
-    card = paper_card(trainer, data, read_curve(told.out_dir), results=results, **file)
+    earlier = {"started_from": _earlier(told.start_from)} if told.start_from is not None else {}
+    card = paper_card(trainer, data, read_curve(told.out_dir), results=results, **earlier, **file)
     (told.out_dir / "card.json").write_text(json.dumps(card, indent=2) + "\n")
     return card
+
+
+def _earlier(folder: Path) -> dict[str, Any]:
+    """What the card of the weights that a run started from says of their training."""
+    card = json.loads((folder / "card.json").read_text()) if (folder / "card.json").exists() else {}
+    names = ("file_sha256", "command", "device", "steps", "seconds", "epochs", "finished", "ended_by", "curve", "made")
+    return {name: card[name] for name in names if name in card}
 
 
 def build_model(told: PaperOptions, base: LanguageModel) -> PaperModel:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file
 
 from mbc_core.cli.train import train
 from mbc_core.codes import quantize, to_slots
@@ -131,6 +134,25 @@ def test_a_call_that_ends_early_is_taken_up(files, data, tmp_path):
     last = json.loads(call(*arguments))
     assert last["finished"] is True and last["steps"] == 3
     assert json.loads(call(*arguments, "--restart"))["steps"] == 3
+
+
+def test_a_run_may_start_from_the_weights_of_another(files, data, tmp_path):
+    arguments = (
+        "paper", files / "data.safetensors", "--encoder", files / "encoder", "--lm", files / "lm",
+        "--codes", "address", "--tokens", SLOTS, "--codebook", files / "codebook.safetensors", *SMALL,
+    )  # fmt: skip
+    call(*arguments, "--steps", 2, "--out", tmp_path / "one")
+    still = ("--lr", 0, "--lora-lr", 0, "--steps", 1)
+    call(*arguments, *still, "--out", tmp_path / "two", "--start-from", tmp_path / "one")
+    ours, theirs = (load_file(tmp_path / name / "paper.safetensors") for name in ("one", "two"))
+    assert set(ours) == set(theirs) and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    card = json.loads((tmp_path / "two" / "card.json").read_text())
+    assert card["started_from"]["steps"] == 2 and card["steps"] == 1
+    assert (
+        card["started_from"]["file_sha256"]
+        == hashlib.sha256((tmp_path / "one" / "paper.safetensors").read_bytes()).hexdigest()
+    )
+    assert "/" not in card["command"] and card["command"].startswith("mbc train ")
 
 
 def test_wrong_use_is_told(files, data, tmp_path):
