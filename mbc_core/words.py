@@ -29,6 +29,13 @@ COST_POWER = 0.6
 """Words are taken by score / bits^0.6: between the best scores (0) and most score a bit (1). Tuned on held-out
 passages; at 0.6 more answers are kept whole than at either end."""
 
+OPENING_SHARE = 0.5
+"""Share of the bits that goes to the passage's first words as they stand: a text says first what it is about, and a
+language model reads running text better than a list of words."""
+
+BRIDGED = 1
+"""Words between two chosen ones, at most so many, are kept with them: mostly short, so cheap; they make a phrase."""
+
 # A run of characters without white space, also cut at dashes that join two clauses ("gone—and", "gone--and").
 _RUN = re.compile(r"(?:(?!—|―|--|…|\.\.\.)\S)+")
 # Punctuation that carries meaning at a word's edge: 50%, #1, @name, AT&T's standalone &.
@@ -67,8 +74,7 @@ def choose_words(
 ) -> npt.NDArray[np.uint16]:
     """Spend at most ``16 * budget`` bits on the best words of one passage.
 
-    Highest score for its cost first (ties: earlier first); each distinct word once, case-folded, at its best place,
-    and only when all of them are in, their repetitions; a word is taken whole or left out, and a cheaper one may then
+    They are taken in the order of :func:`keeping_order`; a word is taken whole or left out, and a cheaper one may then
     use the room; the words taken stay in text order. So a short text is kept word for word.
 
     Args:
@@ -101,27 +107,96 @@ def word_worth(scores: npt.NDArray[np.float32], costs: npt.NDArray[np.int64]) ->
     return np.where(scores > 0, worth, scores).astype(np.float32)
 
 
-def choose_places(words: Sequence[str], worth: npt.NDArray[np.float32], costs: Sequence[int], room: int) -> list[int]:
-    """Positions of the words that :func:`choose_words` takes, ascending; ``costs`` and ``room`` in bits."""
+def choose_places(
+    words: Sequence[str],
+    worth: npt.NDArray[np.float32],
+    costs: Sequence[int],
+    room: int,
+    *,
+    opening: float = OPENING_SHARE,
+    bridged: int = BRIDGED,
+) -> list[int]:
+    """Positions of the words that :func:`choose_words` takes, ascending; ``costs`` and ``room`` in bits.
+
+    Args:
+        opening, bridged: as for :func:`keeping_order`; 0 and 0 take the words worth most and nothing else.
+    """
     taken: list[int] = []
-    repeated: list[int] = []
-    seen: dict[str, bool] = {}
-    for place in np.argsort(-worth, kind="stable").tolist():
-        folded = words[place].casefold()
-        if folded in seen:
-            repeated.append(place)
-            continue
-        # Seen also when it does not fit: another spelling of it must not come in for it later.
-        seen[folded] = costs[place] <= room
-        if seen[folded]:
+    order, repetitions = keeping_order(words, worth, costs, opening=opening, bridged=bridged)
+    for place in order:
+        if costs[place] <= room:
             taken.append(place)
             room -= costs[place]
-    if all(seen.values()):
-        for place in repeated:
+    if len(taken) == len(order):
+        for place in repetitions:
             if costs[place] <= room:
                 taken.append(place)
                 room -= costs[place]
     return sorted(taken)
+
+
+def keeping_order(
+    words: Sequence[str],
+    worth: npt.NDArray[np.float32],
+    costs: Sequence[int],
+    *,
+    opening: float = OPENING_SHARE,
+    bridged: int = BRIDGED,
+) -> tuple[list[int], list[int]]:
+    """In which order the words of a passage are kept, whatever the budget: a smaller one keeps a part of a larger one.
+
+    Two lists take turns by the bits they have spent: the passage's first words, as they stand, and the words worth
+    most (ties: earlier first), each distinct word once, case-folded. When one of the latter comes within ``bridged``
+    words of a word that is kept, those between come with it.
+
+    Args:
+        words: in text order.
+        worth: float32 [n], as :func:`word_worth` tells.
+        costs: bits of each word.
+        opening: share of the bits that the first words get, 0 to 1.
+
+    Returns:
+        positions in the order of keeping, and the positions of repeated words that are left, most worth first: together
+        every position once.
+    """
+    kept = [False] * len(words)
+    order: list[int] = []
+    seen: set[str] = set()
+    folded = [word.casefold() for word in words]
+    by_worth = np.argsort(-worth, kind="stable").tolist()
+    first, best, spent = 0, 0, [0, 0]
+
+    def keep(places: Sequence[int], by: int) -> None:
+        for place in places:
+            kept[place] = True
+            seen.add(folded[place])
+            order.append(place)
+            spent[by] += costs[place]
+
+    while True:
+        while best < len(words) and (kept[by_worth[best]] or folded[by_worth[best]] in seen):
+            best += 1
+        while first < len(words) and kept[first]:
+            first += 1
+        if best == len(words):
+            return order, [place for place in by_worth if not kept[place]]
+        if opening and spent[0] * (1 - opening) <= spent[1] * opening:
+            keep([first], 0)
+            continue
+        place = by_worth[best]
+        keep([place], 1)
+        for step in (-1, 1):
+            keep(_between(kept, place, step, bridged), 1)
+
+
+def _between(kept: Sequence[bool], place: int, step: int, most: int) -> list[int]:
+    """The unkept positions beside ``place``, if at most ``most`` of them lead to a kept one; else none."""
+    gap: list[int] = []
+    at = place + step
+    while 0 <= at < len(kept) and not kept[at] and len(gap) <= most:
+        gap.append(at)
+        at += step
+    return gap if 0 < len(gap) <= most and 0 <= at < len(kept) else []
 
 
 def _strip_edges(text: str, start: int, end: int) -> tuple[int, int]:

@@ -135,7 +135,8 @@ class TokenWeights:
                 fix="run `mbc train prepare` again with the salience head",
             )
         costs = np.array(lexicon.costs(words), dtype=np.int64)
-        taken = choose_places(words, word_worth(scores, costs), costs.tolist(), budget_bits(SPAN_BUDGET))
+        room = budget_bits(SPAN_BUDGET)
+        taken = choose_places(words, word_worth(scores, costs), costs.tolist(), room, opening=0, bridged=0)
         return [(placed[place].start, placed[place].end) for place in taken]
 
 

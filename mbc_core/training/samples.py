@@ -20,7 +20,7 @@ from mbc_core.lexicon import Lexicon
 from mbc_core.reader.prompt import PromptFormat
 from mbc_core.training.batches import Composed, Int64, Ragged, spread
 from mbc_core.training.prepared import Prepared
-from mbc_core.words import budget_bits, word_worth
+from mbc_core.words import budget_bits, keeping_order, word_worth
 
 Int32 = NDArray[np.int32]
 Cloze: TypeAlias = tuple[str, str, int]
@@ -265,7 +265,7 @@ def _tokenise_words(
 ) -> tuple[Ragged, NDArray[np.uint16]]:
     """Tokens of each passage's words, with the budget at which each word enters.
 
-    A budget keeps the distinct words worth most whose codes fit, then repetitions; unlike
+    A budget keeps the first words of :func:`mbc_core.words.keeping_order`; unlike
     :func:`mbc_core.words.choose_words` a word too long for the room left ends the choice, which matters for the last
     code or two only.
     """
@@ -276,12 +276,10 @@ def _tokenise_words(
     unique: list[str] = coded.dictionary.to_pylist()
     word = coded.indices.to_numpy(zero_copy_only=False).astype(np.int64)
     score = data.table["scores"].combine_chunks().flatten().to_numpy(zero_copy_only=False).astype(np.float32)
-    folded_ids: dict[str, int] = {}
-    folded = np.array([folded_ids.setdefault(one.casefold(), len(folded_ids)) for one in unique], dtype=np.int64)
     bits = np.array(lexicon.costs(unique), dtype=np.int64)
     passage = np.repeat(np.arange(len(lengths)), lengths)
     worth = word_worth(score, bits[word])
-    enters = _entry_budgets(passage, worth, folded[word], bits[word], budget_bits(most))
+    enters = _entry_budgets(column.to_pylist(), worth, bits[word], budget_bits(most))
     tokens = Ragged.of(form.encode_many([f" {one}" for one in unique]))
     kept = enters != _NEVER
     word, passage, enters = word[kept], passage[kept], enters[kept]
@@ -292,23 +290,19 @@ def _tokenise_words(
 
 
 def _entry_budgets(
-    passage: Int64, worth: NDArray[np.float32], folded: Int64, bits: Int64, most: int
+    texts: Sequence[Sequence[str]], worth: NDArray[np.float32], bits: Int64, most: int
 ) -> NDArray[np.uint16]:
-    """For each word the bits of budget from which it is kept; 65,535 for words beyond ``most``."""
-    if not len(passage):
-        return np.zeros(0, dtype=np.uint16)
-    order = np.lexsort((-worth, passage))
-    identity = passage[order] * (int(folded.max()) + 1) + folded[order]
-    _, first = np.unique(identity, return_index=True)
-    repeated = np.ones(len(order), dtype=bool)
-    repeated[first] = False
-    order = order[np.lexsort((repeated, passage[order]))]  # stable: repetitions last, each part by worth
-    spent = np.cumsum(bits[order])
-    ends = np.flatnonzero(np.diff(passage[order], append=-1))
-    base = np.concatenate([[0], spent[ends[:-1]]])
-    spent -= np.repeat(base, np.diff(ends, prepend=-1))
-    enters = np.full(len(order), _NEVER, dtype=np.uint16)
-    enters[order] = np.where((bits[order] > 0) & (spent <= most), spent, _NEVER)
+    """For each word of all ``texts`` the bits of budget from which it is kept; 65,535 for words beyond ``most``."""
+    enters = np.full(len(bits), _NEVER, dtype=np.uint16)
+    start = 0
+    for words in texts:
+        stop = start + len(words)
+        costs = bits[start:stop]
+        order, repetitions = keeping_order(words, worth[start:stop], costs.tolist())
+        places = np.array([*order, *repetitions], dtype=np.int64)
+        spent = np.cumsum(costs[places])
+        enters[start + places] = np.where((costs[places] > 0) & (spent <= most), spent, _NEVER)
+        start = stop
     return enters
 
 

@@ -14,7 +14,7 @@ from mbc_core.reader.prompt import PromptFormat
 from mbc_core.training.batches import Ragged, spread
 from mbc_core.training.prepared import load_prepared
 from mbc_core.training.samples import Mixture, SampleSource, build_source, distractors
-from mbc_core.words import choose_words, word_worth
+from mbc_core.words import choose_words, keeping_order, word_worth
 from tests.mbc_core.prepared_data import write_prepared
 from tests.mbc_core.tiny_reader import END, SLOTS, BagOfWords, documents, lexicon, pieces, tokenizer
 
@@ -47,14 +47,12 @@ def shown(composed) -> list[tuple[str, str]]:
 
 
 def plain_words(data, row: int, budget: int) -> str:
-    """Best distinct words, then repetitions, until one does not fit, in text order: a loop over one passage."""
+    """Words in the order of keeping, until one does not fit, in text order: a loop over one passage."""
     words, scores = data.words_of(row)
     costs = np.array(lexicon().costs(words))
-    taken, first, again, spent = [], {}, [], 0
-    for place in np.argsort(-word_worth(scores, costs), kind="stable").tolist():
-        if first.setdefault(words[place].casefold(), place) != place:
-            again.append(place)
-    for place in [*first.values(), *again]:
+    taken, spent = [], 0
+    order, repetitions = keeping_order(words, word_worth(scores, costs), costs.tolist())
+    for place in [*order, *repetitions]:
         spent += costs[place]
         if spent > 16 * budget:
             break

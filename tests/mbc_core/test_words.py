@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from mbc_core.errors import ModelError
 from mbc_core.lexicon import Lexicon
-from mbc_core.words import choose_words, split_words
+from mbc_core.words import BRIDGED, OPENING_SHARE, choose_places, choose_words, keeping_order, split_words, word_worth
 
 BYTES = Lexicon([])  # a code is a byte, a word costs its letters and one space
 
@@ -51,11 +51,28 @@ def test_no_letter_or_digit_is_lost(text):
     assert kept("".join(word.text for word in split_words(text))) == kept(text)
 
 
-def test_best_words_first_in_text_order_each_once():
+def test_best_words_in_text_order_each_once():
     words = ["the", "cat", "saw", "Cat", "dog"]
-    chosen = choose_words(words, scores(0.1, 0.5, 0.2, 0.9, 0.8), 8, BYTES)
-    assert BYTES.decode(chosen) == "Cat dog"
-    assert chosen.dtype == np.uint16
+    worth = scores(0.1, 0.5, 0.2, 0.9, 0.8)
+    assert choose_places(words, worth, [4] * 5, 8, opening=0, bridged=0) == [3, 4]
+    assert choose_words(words, worth, 8, BYTES).dtype == np.uint16
+
+
+def test_first_words_and_best_words_take_turns_and_a_bridge_comes_with_the_best():
+    words = ["An", "old", "man", "of", "the", "sea", "met", "Ernest", "Hemingway"]
+    worth = scores(0, 0, 0, 0, 0, 5, 0, 8, 9)
+    order, repetitions = keeping_order(words, worth, [10] * 9, opening=0.5, bridged=1)
+    # An | Hemingway | old | Ernest | man | sea, and with it `met` to Ernest | of | then nothing but the rest
+    assert [words[place] for place in order] == ["An", "Hemingway", "old", "Ernest", "man", "sea", "met", "of", "the"]
+    assert repetitions == []
+    alone, _ = keeping_order(words, worth, [10] * 9, opening=0, bridged=0)
+    assert alone == [8, 7, 5, 0, 1, 2, 3, 4, 6]
+    assert keeping_order(words, worth, [10] * 9, opening=1)[0] == list(range(9))
+
+
+def test_turns_go_by_the_bits_spent_not_by_words():
+    order, _ = keeping_order(["a", "b", "c", "rare"], scores(0, 0, 0, 1), [1, 1, 1, 30], bridged=0)
+    assert order == [0, 3, 1, 2], "30 bits of a rare word are a long turn"
 
 
 def test_a_word_is_whole_or_absent_and_leaves_its_room_to_shorter_ones():
@@ -89,8 +106,34 @@ def test_repetitions_wait_for_words_that_had_no_room():
 
 def test_a_cheap_word_goes_before_a_dear_one_of_the_same_score():
     cheap = Lexicon([("Ġ", "a"), ("Ġa", "a")])  # " aa" is one code, " bb" three
-    assert cheap.decode(choose_words(["bb", "aa"], scores(0.5, 0.5), 3, cheap)) == "aa"
-    assert cheap.decode(choose_words(["bb", "aa"], scores(0.5, 0.2), 3, cheap)) == "bb", "1/3^0.6 is 0.52"
+    costs = np.array(cheap.costs(["bb", "aa"]), dtype=np.int64)
+    for score, first in ((0.5, 1), (0.2, 0)):  # 1/3^0.6 is 0.52
+        worth = word_worth(scores(0.5, score), costs)
+        assert choose_places(["bb", "aa"], worth, costs.tolist(), 48, opening=0)[0] == first
+
+
+def plain_order(words, worth, costs):
+    """The order of keeping, with every rule written out and nothing remembered but what is kept."""
+    order, bits = [], {"first": 0, "best": 0}
+    while True:
+        known = {words[place].lower() for place in order}
+        fresh = [place for place in range(len(words)) if place not in order and words[place].lower() not in known]
+        if not fresh:
+            left = [place for place in range(len(words)) if place not in order]
+            return order, sorted(left, key=lambda place: (-worth[place], place))
+        if bits["first"] * (1 - OPENING_SHARE) <= bits["best"] * OPENING_SHARE:
+            come, whose = [next(place for place in range(len(words)) if place not in order)], "first"
+        else:
+            best = min(fresh, key=lambda place: (-worth[place], place))
+            come, whose = [best], "best"
+            for step in (-1, 1):
+                for length in range(1, BRIDGED + 1):
+                    gap = [best + step * one for one in range(1, length + 1)]
+                    far = best + step * (length + 1)
+                    if 0 <= far < len(words) and far in order and not {*gap} & {*order}:
+                        come += gap
+        order += come
+        bits[whose] += sum(costs[place] for place in come)
 
 
 @given(
@@ -101,17 +144,15 @@ def test_choice_against_a_plain_loop(scored, budget):
     worth = [
         np.float32(value) / np.float32(cost) ** np.float32(0.6) for (_, value), cost in zip(scored, costs, strict=True)
     ]
-    order = sorted(range(len(words)), key=lambda place: (-worth[place], place))
-    first = [
-        place for place in order if words[place].lower() not in {words[o].lower() for o in order[: order.index(place)]}
-    ]
+    order, repetitions = plain_order(words, worth, costs)
+    assert sorted(order + repetitions) == list(range(len(words)))
     taken, room = set(), 16 * budget
-    for place in first:
+    for place in order:
         if costs[place] <= room:
             taken.add(place)
             room -= costs[place]
-    for place in order if len(taken) == len(first) else ():
-        if place not in taken and costs[place] <= room:
+    for place in repetitions if len(taken) == len(order) else ():
+        if costs[place] <= room:
             taken.add(place)
             room -= costs[place]
     found = choose_words(words, scores(*(value for _, value in scored)), budget, BYTES)
