@@ -42,7 +42,10 @@ def write_weights(
     config = KVLoraConfig(r=2, alpha=4)
     save_adapter(add_kv_lora(base.model, config), folder, config, base_digest=base.digest, base_name=base.name)
     torch.manual_seed(seed)
-    made = AttendProjector(AttendConfig(WIDTH, 32, soft_tokens=2, hidden=24, rank=8), scale=0.5)
+    words = torch.nn.functional.normalize(torch.randn(40, WIDTH), dim=1)
+    made = AttendProjector(
+        AttendConfig(WIDTH, 32, 40, answers=2, topics=1, hidden=24), words, torch.randint(0, 256, (40, 2))
+    )
     save_projector(folder / PROJECTOR_FILE, made, base_digest=base.digest, encoder=encoder, rotation="")
     return folder
 

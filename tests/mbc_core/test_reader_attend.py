@@ -11,12 +11,15 @@ import torch
 from mbc_core.codes import Rotation, pack, quantize, to_slots, unpack
 from mbc_core.errors import DamagedFile, IncompatibleBank, ModelError, UsageError
 from mbc_core.reader.attend import (
+    ANSWER,
+    TOPIC,
     AttendConfig,
     AttendProjector,
-    embedding_scale,
+    four_bits,
     load_projector,
     passage_vectors,
     save_projector,
+    to_four_bits,
 )
 from mbc_core.reader.attend_prompt import answer_attend, attend_prompt, put, read_vectors, soft_embedding, soft_places
 from mbc_core.reader.generate import answer_prompts, greedy
@@ -25,37 +28,109 @@ from tests.mbc_core.tiny_reader import language_model, tokenizer
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 
-CONFIG = AttendConfig(width=6, lm_width=32, soft_tokens=3, hidden=16, rank=5, dropout=0.5)
+CONFIG = AttendConfig(width=6, lm_width=32, words=9, answers=2, topics=3, hidden=16, dropout=0.5)
 RNG = np.random.default_rng(0)
+TOKENS = torch.tensor([[n + 1, n + 31 if n % 2 else -1] for n in range(9)])  # odd words have two tokens
+EMBEDDINGS = torch.randn(60, 32, generator=torch.Generator().manual_seed(1))
 
 
 def projector(config: AttendConfig = CONFIG, seed: int = 0) -> AttendProjector:
+    """Random weights everywhere, also where training starts from zero."""
     torch.manual_seed(seed)
-    return AttendProjector(config, scale=0.3).eval()
+    made = AttendProjector(config, torch.from_numpy(unit(config.words, config.width)), TOKENS).eval()
+    with torch.no_grad():
+        for weight in made.parameters():
+            weight.add_(0.3 * torch.randn_like(weight))
+    return made
 
 
 def unit(*shape: int) -> np.ndarray:
-    vectors = RNG.standard_normal(shape).astype(np.float32)
+    vectors = np.random.default_rng(sum(shape)).standard_normal(shape).astype(np.float32)
     return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
 
 
-@pytest.mark.parametrize("rank", [0, 5])
-@pytest.mark.parametrize("question", [True, False])
-def test_a_passage_becomes_soft_tokens_as_long_as_embeddings(rank, question):
-    made = projector(replace(CONFIG, rank=rank, question=question))
-    passages, questions = torch.from_numpy(unit(4, 6)), torch.from_numpy(unit(4, 6))
-    soft = made(passages, questions)
-    assert soft.shape == (4, 3, 32)
-    assert soft.detach().square().mean(-1).sqrt().numpy() == pytest.approx(np.full((4, 3), 0.3), rel=1e-3)
-    assert torch.allclose(made(passages[2:3], questions[2:3]), soft[2:3], atol=1e-6)
-    other = made(passages, torch.from_numpy(unit(4, 6)))
-    assert torch.equal(other, soft) is not question, "without the question's vector it cannot matter"
+def pair(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.from_numpy(unit(count, 6)), torch.from_numpy(unit(count + 1, 6)[1:].copy())
 
 
-def test_the_gradient_reaches_every_weight():
+def test_a_passage_becomes_the_tokens_of_the_likeliest_words_of_each_head():
+    """By a plain loop: sort the words, write their tokens one after the other, cut at the head's room."""
+    made = projector()
+    passages, questions = pair(4)
+    likelihood = made.logits(passages, questions).log_softmax(-1)
+    ids, likely = made.chosen(passages, questions)
+    soft = made(passages, questions, EMBEDDINGS)
+    assert ids.shape == likely.shape == (4, 5) and soft.shape == (4, 5, 32)
+    for row in range(4):
+        expected = []
+        for head, room in ((ANSWER, 2), (TOPIC, 3)):
+            spelled = []
+            for word in likelihood[row, head].argsort(descending=True).tolist():
+                spelled += [(n, head, word) for n in TOKENS[word].tolist() if n >= 0]
+            expected += spelled[:room]
+        assert ids[row].tolist() == [n for n, _, _ in expected]
+        for place, (n, head, word) in enumerate(expected):
+            here = float(likelihood[row, head, word].detach())
+            assert float(likely[row, place].detach()) == pytest.approx(here, abs=1e-5)
+            moved = EMBEDDINGS[n] + made.likely[head] * (here / 8 + 1)
+            assert torch.allclose(soft[row, place], moved, atol=1e-5)
+
+
+def test_the_logits_are_inner_products_with_the_dictionary():
+    made = projector()
+    passages, questions = pair(3)
+    features = torch.stack(
+        [4 * (passages * questions).sum(1), 4 * torch.cosine_similarity(passages, questions), 4 * passages.norm(dim=1)],
+        1,
+    )
+    both = made.norm(torch.cat([passages, questions, 10 * passages * questions], 1))
+    hidden = made.outer(torch.nn.functional.gelu(made.inner(torch.cat([both, features], 1)))).view(3, 2, 6)
+    for row in range(3):
+        for head in range(2):
+            pointed = (
+                passages[row] @ made.from_passage[head] + questions[row] @ made.from_question[head] + hidden[row, head]
+            )
+            expected = made.scale * (made.dictionary @ pointed) + made.bias[head]
+            assert torch.allclose(made.logits(passages, questions)[row, head], expected, atol=1e-4)
+
+
+def test_without_the_question_it_cannot_matter():
+    made = projector(replace(CONFIG, question=False))
+    passages, questions = pair(4)
+    assert torch.equal(made.logits(passages, questions), made.logits(passages, questions.flip(0)))
+    asked = projector()
+    assert not torch.equal(asked.logits(passages, questions), asked.logits(passages, questions.flip(0)))
+
+
+def test_a_fresh_projector_asks_the_dictionary_for_the_passage_itself():
+    made = AttendProjector(CONFIG, torch.from_numpy(unit(9, 6)), TOKENS).eval()
+    passages, questions = pair(4)
+    for head in (ANSWER, TOPIC):
+        found = made.logits(passages, questions)[:, head]
+        assert torch.allclose(found, 9 * passages @ made.dictionary.T, atol=1e-5)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_the_gradient_reaches_every_weight(named):
+    """Naming moves everything but the direction of likelihood; what is shown moves that, and through it the rest."""
     made = projector().train()
-    made(torch.from_numpy(unit(4, 6)), torch.from_numpy(unit(4, 6)))[..., 0].sum().backward()
-    assert all(weight.grad is not None and weight.grad.abs().sum() > 0 for weight in made.parameters())
+    passages, questions = pair(4)
+    if named:
+        made.logits(passages, questions).log_softmax(-1)[..., 0].sum().backward()
+    else:
+        made(passages, questions, EMBEDDINGS).square().sum().backward()
+    reached = {
+        name for name, weight in made.named_parameters() if weight.grad is not None and weight.grad.abs().sum() > 0
+    }
+    assert reached == {name for name, _ in made.named_parameters()} - ({"likely"} if named else set())
+
+
+def test_four_bits_keep_a_vector_and_are_kept_themselves():
+    vectors = torch.from_numpy(unit(50, 96))
+    once = four_bits(*to_four_bits(vectors))
+    assert torch.cosine_similarity(once, vectors).min() > 0.98
+    assert torch.equal(four_bits(*to_four_bits(once)), once)
+    assert torch.equal(four_bits(*to_four_bits(torch.zeros(1, 4))), torch.zeros(1, 4))
 
 
 def test_scatter_is_a_plain_loop():
@@ -110,13 +185,15 @@ def test_soft_tokens_that_are_word_embeddings_are_the_plain_prompt(kind):
 def test_the_order_of_passages_is_the_order_of_lines():
     model, form, made = language_model(), PromptFormat(tokenizer()), projector()
     passages, question = unit(2, 6), unit(1, 6)
-    (soft,) = read_vectors(made, [passages], question, model.device)
-    assert torch.allclose(soft[1], made(torch.from_numpy(passages[1:]), torch.from_numpy(question))[0], atol=1e-6)
-    prompt = attend_prompt(form, 2, "Who?", 3, model.pad_id)
+    embeddings = model.model.get_input_embeddings().weight
+    (soft,) = read_vectors(made, [passages], question, embeddings)
+    alone = made(torch.from_numpy(passages[1:]), torch.from_numpy(question), embeddings)[0]
+    assert torch.allclose(soft[1], alone, atol=1e-6)
+    prompt = attend_prompt(form, 2, "Who?", 5, model.pad_id)
     shown = soft_embedding(model, form, [prompt], [soft])([0], torch.tensor([prompt.ids]))[0]
-    line = 3 + len(form.newline)
-    assert soft_places(form, prompt, 3) == [0, line]
-    assert torch.equal(shown[0:3], soft[0]) and torch.equal(shown[line : line + 3], soft[1])
+    line = 5 + len(form.newline)
+    assert soft_places(form, prompt, 5) == [0, line]
+    assert torch.equal(shown[0:5], soft[0]) and torch.equal(shown[line : line + 5], soft[1])
 
 
 def test_a_question_gets_the_same_answer_alone_and_in_company():
@@ -147,8 +224,9 @@ def test_a_projector_comes_back_from_disk_in_half_precision(tmp_path):
     save_projector(path, made, base_digest="b" * 64, encoder="model@1/bfloat16/rule", rotation="r" * 64)
     found = load_projector(path, base_digest="b" * 64, encoder="model@1/float32/rule")
     assert found.projector.config == CONFIG and found.rotation == "r" * 64 and not found.projector.training
-    for name, value in found.projector.state_dict().items():
-        assert torch.equal(value, made.state_dict()[name].half().float())
+    for name, value in found.projector.named_parameters():
+        assert torch.equal(value, made.get_parameter(name).half().float())
+    assert torch.equal(found.projector.dictionary, made.dictionary) and torch.equal(found.projector.tokens, made.tokens)
     save_projector(tmp_path / "again", found.projector, base_digest="b" * 64, encoder="model@1", rotation="r" * 64)
     assert (tmp_path / "again").read_bytes() == path.read_bytes()
 
@@ -171,10 +249,6 @@ def test_missing_foreign_and_damaged_weights_are_refused_by_name(tmp_path):
 
 def test_vectors_of_another_width_and_impossible_shapes_are_refused():
     with pytest.raises(UsageError, match="do not fit the attend projector"):
-        read_vectors(projector(), [unit(2, 7)], unit(1, 6), torch.device("cpu"))
+        read_vectors(projector(), [unit(2, 7)], unit(1, 6), EMBEDDINGS)
     with pytest.raises(ModelError, match="cannot have this shape"):
-        AttendConfig(width=6, lm_width=32, soft_tokens=0)
-
-
-def test_the_scale_of_embeddings_is_their_root_mean_square():
-    assert embedding_scale(torch.tensor([[3.0, 4.0], [0.0, 0.0]])) == pytest.approx(2.5)
+        AttendConfig(width=6, lm_width=32, words=9, answers=0, topics=0)
