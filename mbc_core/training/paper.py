@@ -8,21 +8,17 @@ held-out loss is flat, and can be taken up after any call.
 from __future__ import annotations
 
 import json
-import platform
-import re
-import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mbc_core.errors import UsageError
 from mbc_core.paper.model import PaperModel
-from mbc_core.training.data import SHIP_EXCLUDED_SOURCES
 from mbc_core.training.paper_batches import Draw, OnDevice
 from mbc_core.training.paper_checkpoint import PaperProgress, load_checkpoint, save_checkpoint
 from mbc_core.training.paper_data import PaperData
@@ -34,6 +30,7 @@ from mbc_core.training.paper_step import Losses, Shown, step_losses
 _SYNC_EVERY = 10
 _CHECKPOINT_SECONDS = 180.0
 _LOOK_SEED = 7_919
+_CALIBRATED, _CALIBRATION_TOKENS = 512, 32_768
 _CODEBOOK = "quantizer.codebook"
 
 
@@ -73,6 +70,7 @@ class PaperTrainer:
         )
         if model.quantizer is not None:
             model.quantizer.watch(self.optimizer)
+        self._calibrating = _some_passages(data, run.seed)
         self.progress = PaperProgress()
         lm, wanted = model.language_model.model, run.compile_layers and self.device.type == "cuda"
         self.layers = LayerLoop(lm, compiled=True) if wanted and LayerLoop.fits(lm) else None
@@ -107,17 +105,25 @@ class PaperTrainer:
         self._note(answer.detach(), losses)
 
     def look(self) -> dict[str, float | int]:
-        """Held-out loss a token with the right bank and with another one, codes used and their perplexity."""
+        """Held-out loss a token with the right bank and with another one, codes used, their perplexity, and the
+        share of passages whose row of codes differs from all others'."""
+        self.calibrate()
         if self.run.closed:
             return self._look(self.held_out, ("none",)) | self._averages()
         single = {f"{name}_of_one": loss for name, loss in self._look(self.alone, ("own", "other")).items()}
         kept = {name: single[name] for name in ("held_out_loss_of_one", "held_out_shuffled_of_one")}
         return self._look(self.held_out, ("own", "other")) | kept | self._averages()
 
+    def calibrate(self) -> None:
+        """Set what standardized codes are scaled by, from the same training passages every time."""
+        if self.model.amortizer is not None:
+            batches = self.on_device.passage_batches(self._calibrating, _CALIBRATION_TOKENS)
+            self.model.calibrate([(ids, mask) for _, ids, mask in batches])
+
     def _look(self, draw: Draw, shown: tuple[Shown, ...]) -> dict[str, float | int]:
         sums = {name: torch.zeros((), device=self.device) for name in shown}
         counts = torch.zeros(self.model.config.codewords, dtype=torch.int64, device=self.device)
-        tokens = 0
+        tokens, rows = 0, []
         self.model.eval()
         for number in range(draw.steps_per_epoch):
             chosen = draw.step(_LOOK_SEED, number)
@@ -130,15 +136,19 @@ class PaperTrainer:
                 indices = losses.quantized.indices if losses.quantized is not None else batch.codes
                 if name == "own" and indices is not None:
                     counts += torch.bincount(indices.reshape(-1), minlength=len(counts))
+                    rows.append(torch.cat([torch.from_numpy(chosen.documents).to(indices)[:, None], indices], dim=1))
         found: dict[str, float | int] = {f"held_out_{_SPELT[name]}": float(one) / tokens for name, one in sums.items()}
-        if int(counts.sum()):
+        if rows:
+            seen = torch.unique(torch.cat(rows), dim=0)
+            found["held_out_different"] = len(torch.unique(seen[:, 1:], dim=0)) / len(seen)
             share = counts.double() / counts.sum()
             found["held_out_used"] = int((counts > 0).sum())
             found["held_out_perplexity"] = float(torch.exp(-(share * share.clamp(min=1e-30).log()).sum()))
         return found
 
     def save(self, folder: Path) -> None:
-        """Leave a checkpoint."""
+        """Leave a checkpoint, and the model ready for use."""
+        self.calibrate()
         save_checkpoint(folder, self.parameters, self.buffers, self.optimizer, self.progress)
 
     def load(self, folder: Path) -> bool:
@@ -181,7 +191,6 @@ class PaperTrainer:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.run.bf16)
 
 
-_CLOSED = "closed book: the same parts, trained equally, without memory"
 _SPELT = {"own": "loss", "other": "shuffled", "none": "loss"}
 
 
@@ -243,90 +252,6 @@ def train_paper(
     return progress.finished
 
 
-def paper_card(trainer: PaperTrainer, data: PaperData, curve: list[dict[str, Any]], **more: object) -> dict[str, Any]:
-    """What a reader of the weights needs to know: data, sizes, schedule, curve, device.
-
-    Args:
-        curve: lines of ``curve.jsonl``.
-        more: further entries, such as ``results``.
-    """
-    model, run, progress = trainer.model, trainer.run, trainer.progress
-    names = trainer.parameters
-    cuda = trainer.device.type == "cuda"
-    return {
-        "what": "the paper's model, " + (_CLOSED if run.closed else f"{model.config.codes} codes"),
-        "base": {"name": model.language_model.name, "digest": model.language_model.digest},
-        "config": json.loads(model.config.to_json()),
-        "run": asdict(run),
-        "finished": progress.finished,
-        "ended_by": progress.ended_by,
-        "converged": progress.ended_by == "flat",
-        "steps": progress.step,
-        "seconds": round(progress.seconds, 1),
-        "epochs": round(progress.step / trainer.draw.steps_per_epoch, 2),
-        "processes": trainer.ranks.count,
-        "compiled": trainer.layers is not None,
-        "parameters": {
-            "learned": sum(one.numel() for one in names.values()),
-            "kv_lora": sum(one.numel() for name, one in names.items() if "lora_" in name),
-        },
-        "data": {
-            **data.told,
-            "passages": int((~data.held_out).sum()),
-            "held_out_passages": int(data.held_out.sum()),
-            "questions": len(data.rows),
-            "too_long": trainer.draw.left_out,
-            "licences": {name: LICENCES.get(name, "unknown") for name in data.told["sources"]},
-        },
-        "curve": curve,
-        "device": torch.cuda.get_device_name(trainer.device) if cuda else platform.processor() or "CPU",
-        "versions": {"torch": torch.__version__, "python": sys.version.split()[0]},
-        "command": _command(sys.argv),
-        "made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        **more,
-    }
-
-
-def _command(argv: Sequence[str]) -> str:
-    """The command as it was typed, files and folders by their last name: where they lay concerns nobody."""
-    return " ".join(["mbc train", *(re.sub(r"[^=]*/", "", one) for one in argv[1:])])
-
-
-def require_shippable(data: PaperData) -> None:
-    """Refuse sources that weights in this repository are never trained on.
-
-    Raises:
-        UsageError: one is there.
-    """
-    found = sorted(SHIP_EXCLUDED_SOURCES & set(data.told["sources"]))
-    if found:
-        raise UsageError(
-            "the data hold sources that shipped weights are never trained on",
-            value=found,
-            cause="their licence is for research only, or unclear",
-            fix="leave them out (`mbc train prepare` does), or say --research for weights that are not given away",
-        )
-
-
-LICENCES: Mapping[str, str] = {
-    "squad_train": "CC BY-SA 4.0",
-    "squad_sent": "CC BY-SA 4.0",
-    "squadshifts_amazon_reviews": "CC BY 4.0",
-    "squadshifts_new_wiki": "CC BY 4.0",
-    "squadshifts_reddit": "CC BY 4.0",
-    "nq_qed": "CC BY-SA 3.0",
-    "quoref": "CC BY 4.0",
-    "tweetqa": "CC BY-SA 4.0",
-}
-"""Licences of data sets, as far as their distributors state them plainly."""
-
-
-def read_curve(out_dir: Path) -> list[dict[str, Any]]:
-    """Lines of ``curve.jsonl``."""
-    path = out_dir / "curve.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
 class _Clock:
     """Seconds of training, looks left out; all ranks go by the first one's."""
 
@@ -373,6 +298,12 @@ def _look(trainer: PaperTrainer, out_dir: Path, say: Callable[[str], None]) -> N
         with (out_dir / "curve.jsonl").open("a") as stream:
             stream.write(json.dumps(line) + "\n")
     say("  ".join(f"{name} {value:.5g}" for name, value in line.items()))
+
+
+def _some_passages(data: PaperData, seed: int) -> NDArray[np.int64]:
+    """Training passages that codes are calibrated on."""
+    there = np.flatnonzero(~data.held_out)
+    return np.sort(np.random.default_rng([seed, 2]).permutation(there)[:_CALIBRATED])
 
 
 def _held_out_draw(data: PaperData, run: PaperRun, bank: int) -> Draw:

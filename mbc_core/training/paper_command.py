@@ -18,8 +18,9 @@ from mbc_core.paper.files import WEIGHTS_FILE, save_paper_model, set_paper_weigh
 from mbc_core.paper.model import PaperModel
 from mbc_core.reader.language_model import LanguageModel, load_language_model
 from mbc_core.reader.prompt import PromptFormat
-from mbc_core.training.paper import PaperTrainer, paper_card, read_curve, require_shippable, train_paper
+from mbc_core.training.paper import PaperTrainer, train_paper
 from mbc_core.training.paper_batches import OnDevice
+from mbc_core.training.paper_card import paper_card, read_curve, require_shippable
 from mbc_core.training.paper_data import PaperData
 from mbc_core.training.paper_eval import CodeSet, code_set, evaluate_paper
 from mbc_core.training.paper_files import sentence_encoder

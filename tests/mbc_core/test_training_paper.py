@@ -15,8 +15,9 @@ from torch.nn import functional
 from mbc_core.errors import DamagedFile, UsageError
 from mbc_core.paper.model import PaperBatch
 from mbc_core.training.batches import Ragged
-from mbc_core.training.paper import PaperTrainer, paper_card, read_curve, require_shippable, train_paper
+from mbc_core.training.paper import PaperTrainer, train_paper
 from mbc_core.training.paper_batches import Draw
+from mbc_core.training.paper_card import paper_card, read_curve, require_shippable
 from mbc_core.training.paper_checkpoint import PaperProgress
 from mbc_core.training.paper_data import PaperData, as_lists
 from mbc_core.training.paper_layers import LayerLoop
@@ -229,7 +230,13 @@ def test_only_kept_passages_get_gradient(made):
 
 @pytest.mark.parametrize(
     ("codes", "changes"),
-    [("learned", {}), ("learned", {"codebook_by": "ema"}), ("address", {}), ("learned", {"quantize": False})],
+    [
+        ("learned", {}),
+        ("learned", {"codebook_by": "ema"}),
+        ("address", {}),
+        ("learned", {"quantize": False}),
+        ("learned", {"standardize": True}),
+    ],
 )
 def test_a_run_in_several_calls_ends_where_one_call_does(made, tmp_path, codes, changes):
     whole = trainer(made, codes, **changes)
@@ -273,6 +280,21 @@ def test_a_card_says_what_was_trained_on_and_how(made, tmp_path):
     assert card["data"]["sources"] == {"others": 7, "towns": 13} and card["data"]["held_out_passages"] == 4
     assert card["curve"][-1]["step"] == 6 and card["curve"][-1]["held_out_used"] >= 1 and "resets" in card["curve"][0]
     assert card["parameters"]["kv_lora"] == sum(v.numel() for k, v in done.parameters.items() if "lora_" in k) > 0
+
+
+def test_standardized_codes_are_calibrated_before_every_look_and_at_the_end(made, tmp_path):
+    learner = trainer(made, standardize=True)
+    asked = []
+    real = learner.model.calibrate
+    learner.model.calibrate = lambda passages: asked.append(sum(len(ids) for ids, _ in passages)) or real(passages)
+    train_paper(learner, tmp_path)
+    assert asked == [16, 16, 16]  # two looks and the checkpoint, every training passage
+    line = read_curve(tmp_path)[-1]
+    assert 0 < line["held_out_different"] <= 1
+    ids = torch.tensor(as_lists(made[0].passages)[1])[None]
+    held = learner.model.quantizer.z_mean.clone()
+    learner.model.encode_documents(ids, torch.ones_like(ids))
+    assert torch.equal(held, learner.model.quantizer.z_mean)
 
 
 def test_forbidden_sources_are_refused_by_name(made):

@@ -1,0 +1,106 @@
+"""The card of a trained paper model: what it was trained on, how, and what came of it."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mbc_core.errors import UsageError
+from mbc_core.training.data import SHIP_EXCLUDED_SOURCES
+from mbc_core.training.paper import PaperTrainer
+from mbc_core.training.paper_data import PaperData
+
+_CLOSED = "closed book: the same parts, trained equally, without memory"
+
+
+def paper_card(trainer: PaperTrainer, data: PaperData, curve: list[dict[str, Any]], **more: object) -> dict[str, Any]:
+    """What a reader of the weights needs to know: data, sizes, schedule, curve, device.
+
+    Args:
+        curve: lines of ``curve.jsonl``.
+        more: further entries, such as ``results``.
+    """
+    model, run, progress = trainer.model, trainer.run, trainer.progress
+    names = trainer.parameters
+    cuda = trainer.device.type == "cuda"
+    return {
+        "what": "the paper's model, " + (_CLOSED if run.closed else f"{model.config.codes} codes"),
+        "base": {"name": model.language_model.name, "digest": model.language_model.digest},
+        "config": json.loads(model.config.to_json()),
+        "run": asdict(run),
+        "finished": progress.finished,
+        "ended_by": progress.ended_by,
+        "converged": progress.ended_by == "flat",
+        "steps": progress.step,
+        "seconds": round(progress.seconds, 1),
+        "epochs": round(progress.step / trainer.draw.steps_per_epoch, 2),
+        "processes": trainer.ranks.count,
+        "compiled": trainer.layers is not None,
+        "parameters": {
+            "learned": sum(one.numel() for one in names.values()),
+            "kv_lora": sum(one.numel() for name, one in names.items() if "lora_" in name),
+        },
+        "data": {
+            **data.told,
+            "passages": int((~data.held_out).sum()),
+            "held_out_passages": int(data.held_out.sum()),
+            "questions": len(data.rows),
+            "too_long": trainer.draw.left_out,
+            "licences": {name: LICENCES.get(name, "unknown") for name in data.told["sources"]},
+        },
+        "curve": curve,
+        "device": torch.cuda.get_device_name(trainer.device) if cuda else platform.processor() or "CPU",
+        "versions": {"torch": torch.__version__, "python": sys.version.split()[0]},
+        "command": _command(sys.argv),
+        "made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        **more,
+    }
+
+
+def _command(argv: Sequence[str]) -> str:
+    """The command as it was typed, files and folders by their last name: where they lay concerns nobody."""
+    return " ".join(["mbc train", *(re.sub(r"[^=]*/", "", one) for one in argv[1:])])
+
+
+def require_shippable(data: PaperData) -> None:
+    """Refuse sources that weights in this repository are never trained on.
+
+    Raises:
+        UsageError: one is there.
+    """
+    found = sorted(SHIP_EXCLUDED_SOURCES & set(data.told["sources"]))
+    if found:
+        raise UsageError(
+            "the data hold sources that shipped weights are never trained on",
+            value=found,
+            cause="their licence is for research only, or unclear",
+            fix="leave them out (`mbc train prepare` does), or say --research for weights that are not given away",
+        )
+
+
+LICENCES: Mapping[str, str] = {
+    "squad_train": "CC BY-SA 4.0",
+    "squad_sent": "CC BY-SA 4.0",
+    "squadshifts_amazon_reviews": "CC BY 4.0",
+    "squadshifts_new_wiki": "CC BY 4.0",
+    "squadshifts_reddit": "CC BY 4.0",
+    "nq_qed": "CC BY-SA 3.0",
+    "quoref": "CC BY 4.0",
+    "tweetqa": "CC BY-SA 4.0",
+}
+"""Licences of data sets, as far as their distributors state them plainly."""
+
+
+def read_curve(out_dir: Path) -> list[dict[str, Any]]:
+    """Lines of ``curve.jsonl``."""
+    path = out_dir / "curve.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
