@@ -145,8 +145,9 @@ def attend_command(
     from mbc_core.lexicon import Lexicon
     from mbc_core.reader.kv_lora import KVLoraConfig
     from mbc_core.reader.language_model import load_language_model
-    from mbc_core.training.attend import ATTEND_MIXTURE, AttendRun, train_attend
+    from mbc_core.training.attend import train_attend
     from mbc_core.training.attend_naming import NamingPhase
+    from mbc_core.training.attend_run import ATTEND_MIXTURE, AttendRun
 
     place = resolve_device(device)
     books = [Codebook.from_bytes(one.read_bytes(), str(one)) for one in codebook_files]

@@ -9,88 +9,35 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 
 from mbc_core.codebook.files import Codebook
 from mbc_core.codes import Rotation
 from mbc_core.errors import UsageError
 from mbc_core.evaluation.addresses import AddressIndex
 from mbc_core.lexicon import Lexicon
-from mbc_core.reader.attend import PROJECTOR_FILE, AttendConfig, AttendProjector, save_projector
-from mbc_core.reader.kv_lora import KVLoraConfig, add_kv_lora, load_adapter, save_adapter
+from mbc_core.reader.attend import PROJECTOR_FILE, save_projector
+from mbc_core.reader.kv_lora import add_kv_lora, load_adapter, save_adapter
 from mbc_core.reader.language_model import LanguageModel
 from mbc_core.reader.prompt import PromptFormat
-from mbc_core.training.attend_data import AttendData, Shown, attend_source, encoder_of, joined
-from mbc_core.training.attend_dictionary import Dictionary, TextEmbedder
+from mbc_core.training.attend_data import AttendData, encoder_of, joined
+from mbc_core.training.attend_dictionary import TextEmbedder
 from mbc_core.training.attend_loop import AttendTrainer, Projectors
-from mbc_core.training.attend_naming import NamingPhase, learn_to_name, start_from_frequencies
 from mbc_core.training.attend_reads import FULL_READS, QUICK_READS, AttendRead, Vectors, read_prepared
+from mbc_core.training.attend_run import AttendRun
 from mbc_core.training.attend_samples import AttendBatch, AttendSource
-from mbc_core.training.attend_sentences import sentence_passages
+from mbc_core.training.attend_setup import attend_data, named_projectors
 from mbc_core.training.batches import prefetched
 from mbc_core.training.data import LICENCES
 from mbc_core.training.loop import Clock, Schedule, load_checkpoint, save_checkpoint
 from mbc_core.training.prepared import Prepared, load_prepared
-from mbc_core.training.samples import Mixture
 
 _POOL_STEPS = 16
 _HELD_OUT_SAMPLES = 1024
-ATTEND_MIXTURE = Mixture(cloze=0.4, passages=(1, 3, 5), weights=(0.55, 0.3, 0.15), full_text=0.0, text_tokens=1)
-
-
-@dataclass(frozen=True, slots=True)
-class AttendRun:
-    """Size and speed of a run.
-
-    Attributes:
-        steps, minutes: the whole run ends at whichever comes first; minutes are of the language model's training alone.
-        call_minutes: stop after so many minutes of training in this call and leave a checkpoint to resume from.
-        batch: samples a step; rows: samples of one forward pass.
-        words: in the dictionary.
-        answers, topics, hidden, question, dropout: of the projector (:class:`AttendConfig`).
-        variants: share of lines shown by each codebook's codes, and last by the float embedding.
-        closed: train the adapter without memory on the very same questions: the equally trained closed book.
-        as_found: share of samples that show what recall finds, the true passage among it or not.
-        sentences: of each passage that are passages too, at most.
-        cloze_each: cloze questions made of a passage, at most.
-        naming: the projector's own training.
-        mixture: passages a question, cloze questions, distractors.
-    """
-
-    steps: int | None = None
-    minutes: float | None = 6.0
-    call_minutes: float | None = None
-    batch: int = 512
-    rows: int = 256
-    lr: float = 7e-4
-    seed: int = 0
-    compile_layers: bool = True
-    evaluate_every: float = 0.25
-    evaluate_questions: int = 500
-    words: int = 16_384
-    answers: int = 8
-    topics: int = 8
-    hidden: int = 768
-    question: bool = True
-    dropout: float = 0.3
-    variants: tuple[float, ...] = (0.7, 0.15, 0.15)
-    closed: bool = False
-    as_found: float = 0.25
-    sentences: int = 2
-    cloze_each: int = 2
-    naming: NamingPhase = field(default_factory=NamingPhase)
-    kv_lora: KVLoraConfig = field(default_factory=KVLoraConfig)
-    mixture: Mixture = ATTEND_MIXTURE
-
-    @property
-    def shown(self) -> Mixture:
-        """What samples show."""
-        return replace(self.mixture, no_memory=1.0) if self.closed else self.mixture
 
 
 def train_attend(
@@ -139,10 +86,10 @@ def train_attend(
     data = joined([load_prepared(folder) for folder in prepared])
     say(f"loaded {len(data):,} passages, {len(data.questions):,} questions")
     device, form = language_model.device, PromptFormat(language_model.tokenizer)
-    made, held_out, dictionary = _data(
+    made, held_out, dictionary = attend_data(
         data, lexicon, form, codebooks, rotation, run, encoder, language_model.pad_id, device, say
     )
-    projectors, naming = _projectors(
+    projectors, naming = named_projectors(
         made, held_out, dictionary, run, rotation.width, language_model, out_dir, say, resume=resume
     )
     trainer, adapted = _trainer(language_model, projectors, made, run, targets, start)
@@ -176,94 +123,6 @@ def _check(run: AttendRun, codebooks: Sequence[Codebook]) -> None:
             cause="each codebook has a share, and the float embedding the last one",
             fix="give one share more than codebooks, such as 0.7,0.15,0.15 for two",
         )
-
-
-def _data(
-    data: Prepared,
-    lexicon: Lexicon,
-    form: PromptFormat,
-    codebooks: Sequence[Codebook],
-    rotation: Rotation,
-    run: AttendRun,
-    encoder: TextEmbedder,
-    pad_id: int,
-    device: torch.device,
-    say: Callable[[str], None],
-) -> tuple[AttendData, AttendData, Dictionary]:
-    """What is trained on, what is held out, and the dictionary of the former."""
-    train = data.split("train")
-    dictionary = Dictionary.of(train, run.words, encoder, form)
-    say(f"made a dictionary of {len(dictionary.words):,} words")
-    folds = np.random.default_rng([run.seed, 13]).integers(0, 2, len(train))
-    if run.sentences:
-        sentences, owners = sentence_passages(train, encoder, run.sentences, run.seed)
-        train, folds = joined([train, sentences]), np.concatenate([folds, folds[owners]])
-        say(f"with their sentences {len(train):,} passages")
-    size = run.answers + run.topics
-    made = attend_source(
-        train, lexicon, form, codebooks, rotation, run.shown, Shown(size, run.variants, pad_id, run.as_found),
-        dictionary, encoder=encoder, folds=folds, cloze_each=run.cloze_each, seed=run.seed, device=device, say=say,
-    )  # fmt: skip
-    plain = Shown(size, (1.0, *(0.0 for _ in run.variants[1:])), pad_id)
-    held_out = attend_source(
-        data.split("dev"), lexicon, form, codebooks, rotation, replace(run.shown, cloze=0.0), plain, dictionary,
-        encoder=None, seed=run.seed, device=device,
-    )  # fmt: skip
-    return made, held_out, dictionary
-
-
-def _projectors(
-    data: AttendData,
-    held_out: AttendData,
-    dictionary: Dictionary,
-    run: AttendRun,
-    width: int,
-    language_model: LanguageModel,
-    out_dir: Path,
-    say: Callable[[str], None],
-    *,
-    resume: bool,
-) -> tuple[Projectors, list[dict[str, float]]]:
-    """Three projectors that can name words, taken up from ``out_dir`` if they are there; and the kept one's curve."""
-    lm_width = int(language_model.model.get_input_embeddings().weight.shape[1])
-    config = AttendConfig(
-        width, lm_width, len(dictionary.words), run.answers, run.topics, run.hidden, run.question, run.dropout
-    )
-    found: list[AttendProjector] = []
-    curve: list[dict[str, float]] = []
-    told = json.dumps(
-        [asdict(config), asdict(run.naming), run.variants, run.seed, len(data.naming.rows), *dictionary.words]
-    )
-    tag = hashlib.sha256(told.encode()).hexdigest()[:12]
-    for name, fold in (("whole", None), ("half-0", 0), ("half-1", 1)):
-        with torch.random.fork_rng():
-            torch.manual_seed(run.seed)
-            projector = AttendProjector(config, dictionary.vectors, dictionary.tokens).to(language_model.device)
-            kept = out_dir / "naming" / f"{name}-{tag}.safetensors"
-            if not run.closed and not (resume and _take_up(projector, kept)):
-                start_from_frequencies(projector, data.naming)
-                phase = run.naming if fold is None else replace(run.naming, steps=(run.naming.steps + 1) // 2)
-                line = learn_to_name(
-                    projector, data.naming, held_out.naming, phase, run.variants, fold=fold, seed=run.seed, say=say
-                )
-                curve = line if fold is None else curve
-                _keep(projector, kept)
-        found.append(projector.eval().requires_grad_(False))
-    return Projectors(found[0], (found[1], found[2])), curve
-
-
-def _keep(projector: AttendProjector, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.with_name(f".{path.name}.writing")
-    save_file({name: one.detach().cpu().contiguous() for name, one in projector.state_dict().items()}, staging)
-    staging.replace(path)
-
-
-def _take_up(projector: AttendProjector, path: Path) -> bool:
-    if not path.exists():
-        return False
-    projector.load_state_dict(load_file(path))
-    return True
 
 
 def _trainer(

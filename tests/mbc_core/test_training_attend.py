@@ -11,14 +11,17 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from mbc_core.cli.train import train
-from mbc_core.errors import UsageError
+from mbc_core.encoder import PassageEncoder
+from mbc_core.errors import DamagedFile, UsageError
 from mbc_core.memory import Reader
 from mbc_core.reader.attend import PROJECTOR_FILE, load_projector
 from mbc_core.reader.kv_lora import KVLoraConfig, load_adapter
 from mbc_core.reader.language_model import load_language_model
 from mbc_core.training import attend as attend_module
-from mbc_core.training.attend import ATTEND_MIXTURE, AttendRun, train_attend
+from mbc_core.training import attend_setup
+from mbc_core.training.attend import train_attend
 from mbc_core.training.attend_naming import NamingPhase
+from mbc_core.training.attend_run import ATTEND_MIXTURE, AttendRun
 from tests.mbc_core.prepared_data import write_prepared
 from tests.mbc_core.qa_bank import open_bank
 from tests.mbc_core.tiny_reader import (
@@ -36,7 +39,8 @@ pytestmark = pytest.mark.usefixtures("single_thread")
 
 RUN = AttendRun(
     steps=6, minutes=None, batch=8, rows=4, lr=3e-3, evaluate_questions=4, evaluate_every=0.9, words=60, answers=3,
-    topics=2, hidden=32, variants=(0.8, 0.2), naming=NamingPhase(steps=4, batch=8), kv_lora=KVLoraConfig(r=2, alpha=4), mixture=ATTEND_MIXTURE,
+    topics=2, hidden=32, variants=(0.8, 0.2), naming=NamingPhase(steps=4, batch=8),
+    kv_lora=KVLoraConfig(r=2, alpha=4), mixture=ATTEND_MIXTURE,
 )  # fmt: skip
 
 
@@ -63,7 +67,8 @@ def test_projector_adapter_card_and_curve_are_written(prepared, tmp_path, kind):
     assert card["finished"] is True and card["progress"]["step"] == 6
     assert json.loads((tmp_path / "card.json").read_text()) == json.loads(json.dumps(card))
     assert [(row["read"], row["k"]) for row in card["results"]["again"]] == [
-        ("closed", 0), ("attend-shuffled", 1), ("attend-shuffled", 5), ("attend", 1), ("attend", 3), ("attend", 5), ("attend-right", 1)
+        ("closed", 0), ("attend-shuffled", 1), ("attend-shuffled", 5),
+        ("attend", 1), ("attend", 3), ("attend", 5), ("attend-right", 1),
     ]  # fmt: skip
     base = language_model(kind)
     found = load_projector(tmp_path / PROJECTOR_FILE, base_digest=base.digest)
@@ -91,13 +96,13 @@ def test_the_closed_rival_is_trained_on_the_same_questions_without_a_projector(p
 
 def test_held_out_passages_are_never_shown_and_every_prepared_set_is(prepared, tmp_path, monkeypatch):
     seen: list[list[str]] = []
-    real = attend_module.attend_source
+    real = attend_setup.attend_source
 
     def noting(data, *arguments, **options):
         seen.append(data.table["split"].to_pylist())
         return real(data, *arguments, **options)
 
-    monkeypatch.setattr(attend_module, "attend_source", noting)
+    monkeypatch.setattr(attend_setup, "attend_source", noting)
     more = write_prepared(tmp_path / "more", 8, questions=False)
     rotation, codebook = pieces()
     train_attend(
@@ -120,7 +125,8 @@ def test_shares_that_do_not_fit_the_codebooks_are_refused(prepared, tmp_path):
         run(prepared, tmp_path, replace(RUN, variants=(1.0,)))
 
 
-def test_the_command_writes_weights_that_can_be_attended_with(prepared, tmp_path):
+def test_the_command_writes_weights_that_can_be_attended_with(prepared, tmp_path, monkeypatch):
+    monkeypatch.setattr(PassageEncoder, "load", lambda *given, **options: BagOfWords())
     rotation, codebook = pieces()
     rotation.save(tmp_path / "rotation.safetensors")
     (tmp_path / "codebook.safetensors").write_bytes(codebook.to_bytes())
@@ -131,8 +137,9 @@ def test_the_command_writes_weights_that_can_be_attended_with(prepared, tmp_path
         "attend", str(prepared), "--lm", str(tmp_path / "lm"), "--lexicon", str(tmp_path / "lexicon.json"),
         "--codebook", str(tmp_path / "codebook.safetensors"), "--rotation", str(tmp_path / "rotation.safetensors"),
         "--out", str(tmp_path / "out"), "--steps", "2", "--minutes", "0", "--batch", "4", "--hidden", "16",
-        "--words", "50", "--naming-steps", "2", "--naming-batch", "4", "--rank", "2", "--device", "cpu", "--evaluate-questions", "2", "--variants", "0.6,0.4",
-        "--encoder-id", BagOfWords.encoder_id,
+        "--words", "50", "--naming-steps", "2", "--naming-batch", "4",
+        "--rank", "2", "--device", "cpu", "--evaluate-questions", "2", "--variants", "0.6,0.4",
+        "--encoder", str(tmp_path), "--encoder-id", BagOfWords.encoder_id,
     ]  # fmt: skip
     result = CliRunner().invoke(train, told)
     assert result.exit_code == 0, result.output
@@ -144,3 +151,15 @@ def test_the_command_writes_weights_that_can_be_attended_with(prepared, tmp_path
     assert len(reader.ask_many([doc.question for doc in documents(3)], read="attend")) == 3
     wrong = CliRunner().invoke(train, [*told, "--variants", "much"])
     assert wrong.exit_code == 2 and "'much' is not a list of numbers" in wrong.stderr
+
+
+def test_projectors_are_taken_up_and_a_damaged_one_is_told(prepared, tmp_path):
+    run(prepared, tmp_path, replace(RUN, steps=1))
+    kept = sorted((tmp_path / "naming").glob("*.safetensors"))
+    assert [one.name.rpartition("-")[0] for one in kept] == ["half-0", "half-1", "whole"]
+    said: list[str] = []
+    run(prepared, tmp_path, replace(RUN, steps=2), say=said.append)
+    assert not any(line.startswith("naming") for line in said)
+    kept[0].write_bytes(b"nothing")
+    with pytest.raises(DamagedFile, match="a projector that had learnt to name words cannot be taken up"):
+        run(prepared, tmp_path, replace(RUN, steps=3))

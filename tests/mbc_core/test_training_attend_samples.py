@@ -11,11 +11,11 @@ import torch
 from mbc_core.reader.attend import ANSWER, TOPIC, AttendConfig, AttendProjector
 from mbc_core.reader.kv_lora import KVLoraConfig, add_kv_lora
 from mbc_core.reader.prompt import PromptFormat
-from mbc_core.training.attend import ATTEND_MIXTURE
 from mbc_core.training.attend_data import AttendData, Shown, attend_source, joined
 from mbc_core.training.attend_dictionary import Dictionary
 from mbc_core.training.attend_loop import AttendTrainer, Projectors
 from mbc_core.training.attend_naming import NamingPhase, learn_to_name, named_loss, start_from_frequencies
+from mbc_core.training.attend_run import ATTEND_MIXTURE
 from mbc_core.training.attend_sentences import sentence_passages
 from mbc_core.training.batches import Ragged
 from mbc_core.training.loop import Schedule
