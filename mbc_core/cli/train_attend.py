@@ -48,7 +48,7 @@ def _shares(context: click.Context, parameter: click.Parameter, value: str | Non
 @click.option(
     "--minutes", type=float, default=6.0, show_default=True, help="Length of the run; 0 leaves it to --steps."
 )
-@click.option("--steps", type=click.IntRange(0), default=None, help="End after so many steps, if that comes first.")
+@click.option("--steps", type=click.IntRange(0), default=None, help="End after so many; 0: naming alone.")
 @click.option("--call-minutes", type=float, default=None, help="Stop this call early; call again to go on.")
 @click.option("--batch", type=click.IntRange(1), default=512, show_default=True, help="Samples a step.")
 @click.option("--rows", type=click.IntRange(1), default=256, show_default=True, help="Samples of one forward pass.")

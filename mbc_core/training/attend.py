@@ -163,7 +163,7 @@ def _train(
 ) -> bool:
     """Steps until the schedule is done (True) or this call's time is up (False)."""
     passes = max(1, round(run.batch / run.rows))
-    if trainer.schedule.progress(trainer.progress.step, trainer.progress.seconds) >= 1:
+    if run.steps == 0 or trainer.schedule.progress(trainer.progress.step, trainer.progress.seconds) >= 1:
         return True
 
     def make(number: int) -> list[list[AttendBatch]]:

@@ -17,6 +17,7 @@ class AttendRun:
 
     Attributes:
         steps, minutes: the whole run ends at whichever comes first; minutes are of the language model's training alone.
+            0 steps: the projector learns to name words, and the adapter that the run starts from reads them as it is.
         call_minutes: stop after so many minutes of training in this call and leave a checkpoint to resume from.
         batch: samples a step; rows: samples of one forward pass.
         words: in the dictionary.

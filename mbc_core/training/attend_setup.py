@@ -86,7 +86,8 @@ def named_projectors(
         [asdict(config), asdict(run.naming), run.variants, run.seed, len(data.naming.rows), *dictionary.words]
     )
     tag = hashlib.sha256(told.encode()).hexdigest()[:12]
-    for name, fold in (("whole", None), ("half-0", 0), ("half-1", 1)):
+    names = (("whole", None), ("half-0", 0), ("half-1", 1))
+    for name, fold in names if run.steps != 0 else names[:1]:  # halves are for the language model's training alone
         with torch.random.fork_rng():
             torch.manual_seed(run.seed)
             projector = AttendProjector(config, dictionary.vectors, dictionary.tokens).to(language_model.device)
@@ -100,7 +101,7 @@ def named_projectors(
                 curve = line if fold is None else curve
                 _keep(projector, kept)
         found.append(projector.eval().requires_grad_(False))
-    return Projectors(found[0], (found[1], found[2])), curve
+    return Projectors(found[0], (found[-2], found[-1]) if len(found) > 2 else (found[0], found[0])), curve
 
 
 def _keep(projector: AttendProjector, path: Path) -> None:

@@ -163,3 +163,14 @@ def test_projectors_are_taken_up_and_a_damaged_one_is_told(prepared, tmp_path):
     kept[0].write_bytes(b"nothing")
     with pytest.raises(DamagedFile, match="a projector that had learnt to name words cannot be taken up"):
         run(prepared, tmp_path, replace(RUN, steps=3))
+
+
+def test_no_steps_leave_the_adapter_as_it_is_and_train_one_projector(prepared, tmp_path):
+    run(prepared, tmp_path / "start", replace(RUN, steps=2))
+    card = run(prepared, tmp_path / "named", replace(RUN, steps=0), start=tmp_path / "start")
+    assert card["finished"] and card["progress"]["step"] == 0 and card["started_from"] == "start"
+    ours, theirs = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("named", "start"))
+    assert all(torch.equal(ours[one], theirs[one]) for one in theirs)
+    assert len(list((tmp_path / "named" / "naming").iterdir())) == 1
+    projector = load_projector(tmp_path / "named" / PROJECTOR_FILE).projector
+    assert projector.likely.abs().sum() == 0 and projector.bias.abs().sum() > 0
