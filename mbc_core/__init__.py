@@ -10,8 +10,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from mbc_core.answering import Reader
     from mbc_core.bank import Bank
-    from mbc_core.memory import Memory, Reader
+    from mbc_core.memory import Memory
 
 # torch's OpenMP threads spin while they wait for each other. Beside any other load on the same cores that costs most
 # of their time (300 passages on two shared cores: 8-24 a second, against 58-67 when they sleep). torch reads this when
@@ -20,7 +21,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 __all__ = ["Bank", "Memory", "Reader"]
 
-_HOMES = {"Bank": "mbc_core.bank", "Memory": "mbc_core.memory", "Reader": "mbc_core.memory"}
+_HOMES = {"Bank": "mbc_core.bank", "Memory": "mbc_core.memory", "Reader": "mbc_core.answering"}
 
 
 def __getattr__(name: str) -> object:

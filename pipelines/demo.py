@@ -23,7 +23,8 @@ from mbc_core.cli.options import device_option, json_option, profile_option, res
 from mbc_core.cli.output import make_console, note, only_json, print_json
 
 if TYPE_CHECKING:
-    from mbc_core.memory import Memory, Reader
+    from mbc_core.answering import Reader
+    from mbc_core.memory import Memory
 
 DOCUMENTS, SCORED_QUESTIONS, SHOWN_QUESTIONS, SHOWN_WRONG, ADAPT_MINUTES = 500, 40, 6, 5, 0.7
 _ADAPT_BATCH = 4  # small steps: a minute of two cores sees few questions
@@ -80,7 +81,7 @@ class Demo:
 
     def reader(self) -> Reader:
         """A reader with the adapter that is live now."""
-        from mbc_core.memory import Reader
+        from mbc_core.answering import Reader
 
         return Reader(self.memory, device=self.device)
 

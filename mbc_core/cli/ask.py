@@ -78,7 +78,7 @@ def ask(
     questions = _questions(question, file)
     with only_json(as_json) as stream:
         from mbc_core import defaults
-        from mbc_core.memory import Reader
+        from mbc_core.answering import Reader
 
         device = resolve_device(device)
         named = defaults.language_model(model, device=device) if model else None

@@ -22,8 +22,9 @@ from schemas.document import document_key
 from schemas.results import EvalRow
 
 if TYPE_CHECKING:
+    from mbc_core.answering import Reader
     from mbc_core.encoder import PassageEncoder
-    from mbc_core.memory import Reader, Recalled
+    from mbc_core.memory import Recalled
 
 COUNT = 40
 _SEED = "scored"

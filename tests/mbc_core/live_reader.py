@@ -11,7 +11,8 @@ import sys
 import torch
 from tiny_reader import BagOfWords, language_model, lexicon, pieces
 
-from mbc_core.memory import Memory, Reader
+from mbc_core.answering import Reader
+from mbc_core.memory import Memory
 
 
 def main(place: str) -> None:

@@ -12,11 +12,12 @@ import torch
 from click.testing import CliRunner
 
 from mbc_core import defaults
+from mbc_core.answering import Reader
 from mbc_core.bank import Bank
 from mbc_core.cli.ask import ask
 from mbc_core.codes import decode, unpack
 from mbc_core.errors import IncompatibleBank, ModelError
-from mbc_core.memory import Memory, Reader
+from mbc_core.memory import Memory
 from mbc_core.reader.attend_prompt import answer_attend
 from mbc_core.reader.attend_reader import AttendReader, shared_copy
 from mbc_core.reader.prompt import PromptFormat, prompt_room

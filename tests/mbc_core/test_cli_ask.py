@@ -9,8 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from mbc_core.answering import Answer, Reader
 from mbc_core.cli import cli, run
-from mbc_core.memory import Answer, Memory, Reader, Recalled
+from mbc_core.memory import Memory, Recalled
 
 
 def passage(words: str) -> Recalled:

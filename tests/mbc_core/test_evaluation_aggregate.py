@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from mbc_core import defaults, weights
+from mbc_core.answering import Reader
 from mbc_core.bank.histogram import bank_histogram
 from mbc_core.errors import DamagedFile, ModelError
 from mbc_core.evaluation.answers import Adapters, answer_sheet
@@ -17,7 +18,6 @@ from mbc_core.evaluation.kept_answers import KeptAnswers
 from mbc_core.evaluation.protocols import sheet_of_banks
 from mbc_core.evaluation.sheet import Shown, load_sheet, save_sheet
 from mbc_core.evaluation.whole_bank import histogram_from, histogram_line, paper_folder
-from mbc_core.memory import Reader
 from mbc_core.paper.files import trained_on
 from tests.mbc_core.qa_bank import memory_of, qa_set
 from tests.mbc_core.test_reader_aggregate import write_weights

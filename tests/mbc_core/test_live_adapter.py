@@ -16,9 +16,10 @@ import torch
 from safetensors.torch import load_file, save
 from tiny_reader import BagOfWords, documents, language_model, lexicon, make_bank, pieces
 
-from mbc_core import defaults, memory
+from mbc_core import answering, defaults
 from mbc_core.adapters import AdapterRegistry
-from mbc_core.memory import Memory, Reader
+from mbc_core.answering import Reader
+from mbc_core.memory import Memory
 from mbc_core.reader import generate
 from mbc_core.reader.kv_lora import KVLoraConfig, add_kv_lora, save_adapter, trainable
 
@@ -149,7 +150,7 @@ def test_a_new_adapter_reads_from_the_next_batch_on(opened, registry, tmp_path, 
         return answer(*args, **options)
 
     monkeypatch.setattr(generate, "answer_prompts", promoting)
-    monkeypatch.setattr(memory, "_BATCH", 2)
+    monkeypatch.setattr(answering, "_BATCH", 2)
     found = told(reader)
     monkeypatch.setattr(generate, "answer_prompts", answer)
     assert batches == [2, 2, 2]

@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from mbc_core import defaults, weights
+from mbc_core.answering import Reader
 from mbc_core.bank.codebooks import register_codebook
 from mbc_core.cli import cli, run
 from mbc_core.codes import unpack
 from mbc_core.errors import DamagedFile, IncompatibleBank, ModelError, UsageError
-from mbc_core.memory import Memory, Reader
+from mbc_core.memory import Memory
 from mbc_core.paper.aggregation import Memory as Vectors
 from mbc_core.paper.config import PaperConfig
 from mbc_core.paper.files import WEIGHTS_FILE, save_paper_model

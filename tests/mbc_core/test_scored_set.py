@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from mbc_core import defaults
+from mbc_core.answering import Reader
 from mbc_core.errors import UsageError
 from mbc_core.evaluation.scored_set import Document, held_out_first, score_reads, scored_questions
-from mbc_core.memory import Memory, Reader
+from mbc_core.memory import Memory
 from schemas.results import EvalRow
 from tests.mbc_core.tiny_reader import BagOfWords, documents, language_model, lexicon, make_bank, pieces
 

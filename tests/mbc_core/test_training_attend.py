@@ -10,10 +10,10 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
+from mbc_core.answering import Reader
 from mbc_core.cli.train import train
 from mbc_core.encoder import PassageEncoder
 from mbc_core.errors import DamagedFile, UsageError
-from mbc_core.memory import Reader
 from mbc_core.reader.attend import PROJECTOR_FILE, load_projector
 from mbc_core.reader.kv_lora import KVLoraConfig, load_adapter
 from mbc_core.reader.language_model import load_language_model

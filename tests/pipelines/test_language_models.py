@@ -13,11 +13,12 @@ from prepared_data import write_prepared
 from tiny import TinyEncoder, corpus, rotation, settings, write_corpus
 
 from mbc_core.adapters import AdapterRegistry
+from mbc_core.answering import Reader
 from mbc_core.bank import Bank
 from mbc_core.cli.app import run
 from mbc_core.errors import ModelError
 from mbc_core.lexicon import Lexicon
-from mbc_core.memory import Memory, Reader
+from mbc_core.memory import Memory
 from mbc_core.reader.kv_lora import KVLoraConfig, adapter_base, adapter_config, add_kv_lora, save_adapter
 from mbc_core.reader.language_model import LanguageModel, load_language_model
 from mbc_core.training import candidate
