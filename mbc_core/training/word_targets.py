@@ -76,6 +76,8 @@ def share_kept_whole(
 ) -> dict[int, float]:
     """Of the answers that stand in their passage, the share whose words are all chosen, by budget of word codes.
 
+    Chosen by salience alone, for this measures a salience head; a bank also keeps first words and bridges.
+
     Args:
         texts: words of each passage.
         scores: float32 score of each word.
@@ -90,7 +92,9 @@ def share_kept_whole(
         worth = word_worth(score, costs)
         folded = [word.casefold() for word in words]
         for budget in budgets:
-            chosen = {folded[place] for place in choose_places(words, worth, costs.tolist(), budget_bits(budget))}
+            room = budget_bits(budget)
+            taken = choose_places(words, worth, costs.tolist(), room, opening=0, bridged=0)
+            chosen = {folded[place] for place in taken}
             whole[budget] += sum(
                 any(all(folded[place] in chosen for place in occurrence) for occurrence in occurrences)
                 for occurrences in passage

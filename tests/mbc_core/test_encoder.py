@@ -18,7 +18,7 @@ from mbc_core.encoder.passage_encoder import model_digest, piece_words, resolve_
 from mbc_core.errors import DamagedFile, ModelError, UsageError
 from mbc_core.lexicon import Lexicon
 from mbc_core.training.data import SHIP_EXCLUDED_SOURCES
-from mbc_core.words import choose_words, split_words
+from mbc_core.words import budget_bits, choose_places, split_words, word_worth
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "in", "1997", "and", "saw", "42", "birds"]
 
@@ -236,7 +236,10 @@ def test_the_shipped_head_keeps_what_questions_are_asked_about(real):
     )
     found = real.encode([text])[0]
     lexicon = Lexicon.load(weights.path("lexicon.json.gz"))
-    kept = lexicon.decode(choose_words(found.words, found.scores, 12, lexicon)).split()
+    costs = np.array(lexicon.costs(found.words), dtype=np.int64)
+    worth = word_worth(found.scores, costs)
+    places = choose_places(found.words, worth, costs.tolist(), budget_bits(12), opening=0, bridged=0)
+    kept = [found.words[place] for place in places]
     assert {"1937", "Joseph", "Strauss", "4,200"} <= set(kept)
     assert not {"the", "was", "to", "it"} & set(kept)
 

@@ -245,7 +245,7 @@ def test_replay_rows_of_a_window_are_bounded_over_its_panes(tmp_path):
     ]
     run([asked[:4], Watermark(DAY + 1), asked[4], asked[5]], plan_of(bank, lateness=HOUR, replay=8))
     run([asked[:6], Watermark(DAY + 1), *asked[6:]], plan_of(bank, lateness=HOUR, replay=8))
-    rows = bank.read("replay")
+    rows = bank.replay()
     assert rows.num_rows == 8
     assert set(rows["window"].to_pylist()) == {day(0)}
 
