@@ -18,7 +18,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from mbc_core.errors import DamagedFile, StorageError, UsageError
+from mbc_core.errors import DamagedFile, UsageError
+from mbc_core.evaluation.sheet import write_whole
 
 FORMAT = "mbc-dated-stream-1"
 LINES = 8
@@ -185,15 +186,7 @@ def save_stream(path: Path, stream: DatedStream) -> None:
     told = asdict(stream) | {"format": FORMAT}
     told["recalled"] = [{"questions": list(one), "rows": list(one.values())} for one in stream.recalled]
     data = gzip.compress(json.dumps(told, ensure_ascii=False, separators=(",", ":")).encode(), mtime=0)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        staging = path.with_name(f".{path.name}.writing")
-        staging.write_bytes(data)
-        staging.replace(path)
-    except OSError as error:
-        raise StorageError(
-            "the dated stream cannot be written", value=str(path), cause=str(error), fix="name another file"
-        ) from error
+    write_whole(path, data, "dated stream")
 
 
 def load_stream(path: Path) -> DatedStream:

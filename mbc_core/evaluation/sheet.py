@@ -149,7 +149,18 @@ def save_sheet(path: Path, sheet: Sheet) -> None:
     told = {"format": FORMAT, **asdict(sheet)}
     if sheet.codes is None:
         del told["codes"]  # as releases without it write and read it
-    data = gzip.compress(json.dumps(told, ensure_ascii=False).encode(), mtime=0)
+    write_whole(path, gzip.compress(json.dumps(told, ensure_ascii=False).encode(), mtime=0), "question sheet")
+
+
+def write_whole(path: Path, data: bytes, what: str) -> None:
+    """Write a file that is whole or not there, and its folder.
+
+    Args:
+        what: the file's kind, for the error's text.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         staging = path.with_name(f".{path.name}.writing")
@@ -157,7 +168,7 @@ def save_sheet(path: Path, sheet: Sheet) -> None:
         staging.replace(path)
     except OSError as error:
         raise StorageError(
-            "the question sheet cannot be written", value=str(path), cause=str(error), fix="name another file"
+            f"the {what} cannot be written", value=str(path), cause=str(error), fix="name another file"
         ) from error
 
 

@@ -33,7 +33,7 @@ from mbc_core.training.attend_samples import AttendBatch, AttendSource
 from mbc_core.training.attend_setup import attend_data, named_projectors
 from mbc_core.training.batches import prefetched
 from mbc_core.training.data import LICENCES
-from mbc_core.training.loop import Clock, Schedule, load_checkpoint, save_checkpoint
+from mbc_core.training.loop import Clock, Schedule, load_checkpoint, save_checkpoint, train_pool
 from mbc_core.training.prepared import Prepared, load_prepared
 
 _POOL_STEPS = 16
@@ -170,12 +170,13 @@ def _train(
         batches = source.pool(run.seed, number, run.rows * passes * _POOL_STEPS, run.rows)
         return [batches[start : start + passes] for start in range(0, len(batches), passes)]
 
-    clock, call_start = _Clock(trainer), trainer.progress.seconds
+    clock, call_start = Clock(trainer), trainer.progress.seconds
+    clock.compiling = trainer.compiled
     next_look, logged = run.evaluate_every, (trainer.progress.samples, trainer.progress.seconds)
     while next_look < trainer.schedule.progress(trainer.progress.step, trainer.progress.seconds):
         next_look += run.evaluate_every
     for number, steps in prefetched(make, trainer.progress.pool):
-        losses = _pool(trainer, steps, clock, say)
+        losses = train_pool(trainer, steps, clock, say)
         here = trainer.progress
         here.pool, here.loss = number + 1, float(np.mean(losses)) if losses else here.loss
         share = trainer.schedule.progress(here.step, here.seconds)
@@ -200,45 +201,6 @@ def _train(
         if share >= 1 or over:
             return share >= 1
     return True
-
-
-class _Clock(Clock):
-    """Leaves the first step of a call out when it compiles."""
-
-    def __init__(self, trainer: AttendTrainer) -> None:
-        super().__init__(trainer)
-        self.compiling = trainer.compiled
-
-
-def _pool(
-    trainer: AttendTrainer, steps: Sequence[Sequence[AttendBatch]], clock: _Clock, say: Callable[[str], None]
-) -> list[float]:
-    """The steps of one pool, or fewer when the schedule ends within it; the losses that were read back."""
-    losses = []
-    for batches in steps:
-        losses.append(_safe_step(trainer, batches, say))
-        if clock.compiling:
-            clock.restart()  # a minute of compiling is no training
-            clock.compiling = False
-        clock.tick()
-        if trainer.schedule.progress(trainer.progress.step, trainer.progress.seconds) >= 1:
-            break
-    return [loss for loss in losses if loss == loss]  # nan: left on the device
-
-
-def _safe_step(trainer: AttendTrainer, batches: Sequence[AttendBatch], say: Callable[[str], None]) -> float:
-    """One step; when the compiler fails on this machine, go on without it and say so."""
-    try:
-        return trainer.step(batches)
-    except Exception as error:
-        if not trainer.compiled or isinstance(error, torch.OutOfMemoryError):
-            raise
-        say(f"compiling failed ({type(error).__name__}: {str(error)[:200]}); going on uncompiled")
-        trainer.compiled = False
-        torch.compiler.set_stance("force_eager")
-        for weight in trainer.weights.values():
-            weight.grad = None
-        return trainer.step(batches)
 
 
 @dataclass(slots=True)

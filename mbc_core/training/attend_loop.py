@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mbc_core.reader.attend import AttendProjector
 from mbc_core.reader.attend_prompt import put
@@ -92,31 +90,7 @@ class AttendTrainer(Trainer):
         """The one that is kept."""
         return self.projectors.whole
 
-    def step(self, batches: Sequence[AttendBatch]) -> float:  # type: ignore[override]  # its own kind of batch
-        """One optimizer step; returns the mean loss per answer token, in nats."""
-        answers = sum(len(batch.targets) for batch in batches)
-        torch.manual_seed(self.seed * 1_000_003 + self.progress.step)
-        device = self.language_model.device
-        total = torch.zeros((), device=device)
-        self.language_model.model.train()
-        for batch in batches:
-            loss = self._summed(batch) / answers
-            torch.autograd.backward(loss)
-            total += loss.detach()
-        self._update()
-        self.progress.step += 1
-        self.progress.samples += sum(batch.samples for batch in batches)
-        self.progress.tokens += sum(batch.ids.numel() for batch in batches)
-        return float(total) if self.progress.step % 10 == 1 or device.type == "cpu" else math.nan
-
-    def loss(self, batches: Sequence[AttendBatch]) -> float:  # type: ignore[override]  # its own kind of batch
-        """Mean loss per answer token without dropout and without learning."""
-        self.language_model.model.eval()
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            total = sum(float(self._summed(batch)) for batch in batches)
-        return total / max(1, sum(len(batch.targets) for batch in batches))
-
-    def _summed(self, batch: AttendBatch) -> Tensor:
+    def _forward(self, batch: AttendBatch) -> Tensor:
         """Summed cross-entropy over the answer tokens."""
         device = self.language_model.device
         embedded = self.embedding(batch.ids.to(device, non_blocking=True))
@@ -129,8 +103,4 @@ class AttendTrainer(Trainer):
                 ids, likely = self.projectors.chosen(passages, questions, folds)
             soft = self.projector.shown(ids, likely, self.embedding.weight)
             embedded = put(embedded, soft, batch.first.to(device, non_blocking=True))
-        hidden = self.decoder(inputs_embeds=embedded, use_cache=False).last_hidden_state
-        places = batch.places.to(device, non_blocking=True)
-        targets = batch.targets.to(device, non_blocking=True)
-        logits = self.head(hidden.flatten(0, 1).index_select(0, places)).float()
-        return nn.functional.cross_entropy(logits, targets, reduction="sum")
+        return self._answer_loss(self.decoder(inputs_embeds=embedded, use_cache=False).last_hidden_state, batch)

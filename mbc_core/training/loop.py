@@ -10,10 +10,10 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from mbc_core.errors import DamagedFile
 from mbc_core.reader.kv_lora import trainable
 from mbc_core.reader.language_model import HfModel, LanguageModel
-from mbc_core.training.batches import MicroBatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +63,26 @@ class Progress:
     tokens: int = 0
     seconds: float = 0.0
     loss: float = 0.0
+
+
+class Batch(Protocol):
+    """What a step needs to know of a micro-batch; see :class:`~mbc_core.training.batches.MicroBatch`."""
+
+    @property
+    def ids(self) -> Tensor:
+        """int64 [rows, longest]."""
+
+    @property
+    def places(self) -> Tensor:
+        """int64 [answers]: positions whose next token is an answer's."""
+
+    @property
+    def targets(self) -> Tensor:
+        """int64 [answers]: those tokens."""
+
+    @property
+    def samples(self) -> int:
+        """Rows that are real."""
 
 
 class Trainer:
@@ -114,7 +133,7 @@ class Trainer:
         self.masters = [*self.masters, *masters]
         self.optimizer.add_param_group({"params": masters, "scale": scale, "weight_decay": weight_decay})
 
-    def step(self, batches: Sequence[MicroBatch]) -> float:
+    def step(self, batches: Sequence[Batch]) -> float:
         """One optimizer step over ``batches``; returns the mean loss per answer token, in nats."""
         answers = sum(len(batch.targets) for batch in batches)
         torch.manual_seed(self.seed * 1_000_003 + self.progress.step)
@@ -130,18 +149,21 @@ class Trainer:
         self.progress.tokens += sum(batch.ids.numel() for batch in batches)
         return float(total) if self.progress.step % 10 == 1 or total.device.type == "cpu" else math.nan
 
-    def loss(self, batches: Sequence[MicroBatch]) -> float:
+    def loss(self, batches: Sequence[Batch]) -> float:
         """Mean loss per answer token without dropout and without learning."""
         self.language_model.model.eval()
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             total = sum(float(self._forward(batch)) for batch in batches)
         return total / max(1, sum(len(batch.targets) for batch in batches))
 
-    def _forward(self, batch: MicroBatch) -> Tensor:
-        """Summed cross-entropy over the answer tokens of one micro-batch."""
+    def _forward(self, batch: Any) -> Tensor:  # noqa: ANN401 (a subclass has its own kind of batch)
+        """Summed cross-entropy over the answer tokens of one micro-batch, a :class:`MicroBatch` here."""
+        ids = batch.ids.to(self.language_model.device, non_blocking=True)
+        return self._answer_loss(self.decoder(input_ids=ids, use_cache=False).last_hidden_state, batch)
+
+    def _answer_loss(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """Summed cross-entropy over the answer tokens, from the decoder's last states [rows, longest, d]."""
         device = self.language_model.device
-        ids = batch.ids.to(device, non_blocking=True)
-        hidden = self.decoder(input_ids=ids, use_cache=False).last_hidden_state
         places = batch.places.to(device, non_blocking=True)
         targets = batch.targets.to(device, non_blocking=True)
         logits = self.head(hidden.flatten(0, 1).index_select(0, places)).float()
@@ -290,10 +312,46 @@ def _cannot_be_taken_up(folder: Path, error: Exception) -> DamagedFile:
     )
 
 
+def train_pool(
+    trainer: Trainer, steps: Sequence[Sequence[Batch]], clock: Clock, say: Callable[[str], None]
+) -> list[float]:
+    """The steps of one pool, or fewer when the schedule ends within it; the losses that were read back."""
+    losses = []
+    for batches in steps:
+        losses.append(_safe_step(trainer, batches, say))
+        if clock.compiling:
+            clock.restart()
+            clock.compiling = False
+        clock.tick()
+        if trainer.schedule.progress(trainer.progress.step, trainer.progress.seconds) >= 1:
+            break
+    return [loss for loss in losses if loss == loss]  # nan: left on the device
+
+
+def _safe_step(trainer: Trainer, batches: Sequence[Batch], say: Callable[[str], None]) -> float:
+    """One step; when the compiler fails on this machine, go on without it and say so."""
+    try:
+        return trainer.step(batches)
+    except Exception as error:
+        if not trainer.compiled or isinstance(error, torch.OutOfMemoryError):
+            raise
+        say(f"compiling failed ({type(error).__name__}: {str(error)[:200]}); going on uncompiled")
+        trainer.compiled = False
+        torch.compiler.set_stance("force_eager")
+        for weight in trainer.weights.values():
+            weight.grad = None
+        return trainer.step(batches)
+
+
 class Clock:
-    """Seconds of training, evaluation left out."""
+    """Seconds of training, evaluation left out.
+
+    Attributes:
+        compiling: the next step compiles, and is no training: :func:`train_pool` leaves it out. False at first.
+    """
 
     def __init__(self, trainer: Trainer) -> None:
+        self.compiling = False
         self._trainer, self._before, self._start = trainer, trainer.progress.seconds, time.monotonic()
 
     def tick(self) -> None:

@@ -24,7 +24,7 @@ from mbc_core.reader.kv_lora import KVLoraConfig, add_kv_lora, save_adapter
 from mbc_core.reader.language_model import LanguageModel
 from mbc_core.reader.prompt import PromptFormat
 from mbc_core.training.batches import MicroBatch, micro_batches, prefetched, steps_of
-from mbc_core.training.loop import Clock, Schedule, Trainer, load_checkpoint, save_checkpoint
+from mbc_core.training.loop import Clock, Schedule, Trainer, load_checkpoint, save_checkpoint, train_pool
 from mbc_core.training.memory_need import Shape, training_memory
 from mbc_core.training.prepared import Prepared, load_prepared
 from mbc_core.training.rivals import CLOSED_READS, SAYS, TEXT_READS, memory_of
@@ -175,7 +175,7 @@ def _train(
     while next_look < trainer.schedule.progress(trainer.progress.step, trainer.progress.seconds):
         next_look += run.evaluate_every
     for number, steps in prefetched(make, trainer.progress.pool):
-        losses = _pool(trainer, steps, clock, say)
+        losses = train_pool(trainer, steps, clock, say)
         here = trainer.progress
         here.pool, here.loss = number + 1, float(np.mean(losses)) if losses else here.loss
         share = trainer.schedule.progress(here.step, here.seconds)
@@ -199,34 +199,6 @@ def _train(
         if share >= 1 or over:
             return share >= 1
     return True
-
-
-def _pool(
-    trainer: Trainer, steps: Sequence[Sequence[MicroBatch]], clock: Clock, say: Callable[[str], None]
-) -> list[float]:
-    """The steps of one pool, or fewer when the schedule ends within it; the losses that were read back."""
-    losses = []
-    for batches in steps:
-        losses.append(_safe_step(trainer, batches, say))
-        clock.tick()
-        if trainer.schedule.progress(trainer.progress.step, trainer.progress.seconds) >= 1:
-            break
-    return [loss for loss in losses if loss == loss]  # nan: left on the device
-
-
-def _safe_step(trainer: Trainer, batches: Sequence[MicroBatch], say: Callable[[str], None]) -> float:
-    """One step; when the compiler fails on this machine, go on without it and say so."""
-    try:
-        return trainer.step(batches)
-    except Exception as error:
-        if not trainer.compiled or isinstance(error, torch.OutOfMemoryError):
-            raise
-        say(f"compiling failed ({type(error).__name__}: {str(error)[:200]}); going on uncompiled")
-        trainer.compiled = False
-        torch.compiler.set_stance("force_eager")
-        for weight in trainer.weights.values():
-            weight.grad = None
-        return trainer.step(batches)
 
 
 @dataclass(slots=True)
