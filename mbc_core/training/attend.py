@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from mbc_core.codebook.files import Codebook
@@ -31,9 +30,9 @@ from mbc_core.training.attend_reads import FULL_READS, QUICK_READS, AttendRead, 
 from mbc_core.training.attend_run import AttendRun
 from mbc_core.training.attend_samples import AttendBatch, AttendSource
 from mbc_core.training.attend_setup import attend_data, named_projectors
-from mbc_core.training.batches import prefetched
 from mbc_core.training.data import LICENCES
-from mbc_core.training.loop import Clock, Schedule, load_checkpoint, save_checkpoint, train_pool
+from mbc_core.training.loop import Schedule, load_checkpoint
+from mbc_core.training.pools import train_pools
 from mbc_core.training.prepared import Prepared, load_prepared
 
 _POOL_STEPS = 16
@@ -170,37 +169,7 @@ def _train(
         batches = source.pool(run.seed, number, run.rows * passes * _POOL_STEPS, run.rows)
         return [batches[start : start + passes] for start in range(0, len(batches), passes)]
 
-    clock, call_start = Clock(trainer), trainer.progress.seconds
-    clock.compiling = trainer.compiled
-    next_look, logged = run.evaluate_every, (trainer.progress.samples, trainer.progress.seconds)
-    while next_look < trainer.schedule.progress(trainer.progress.step, trainer.progress.seconds):
-        next_look += run.evaluate_every
-    for number, steps in prefetched(make, trainer.progress.pool):
-        losses = train_pool(trainer, steps, clock, say)
-        here = trainer.progress
-        here.pool, here.loss = number + 1, float(np.mean(losses)) if losses else here.loss
-        share = trainer.schedule.progress(here.step, here.seconds)
-        line: dict[str, object] = {
-            "step": here.step,
-            "samples": here.samples,
-            "seconds": round(here.seconds, 2),
-            "loss": round(here.loss, 4),
-            "lr": trainer.schedule.rate(share),
-            "samples_per_second": round((here.samples - logged[0]) / max(1e-9, here.seconds - logged[1]), 1),
-        }
-        logged = (here.samples, here.seconds)
-        over = run.call_minutes is not None and here.seconds - call_start >= 60 * run.call_minutes
-        if share >= 1 or over or share >= next_look:
-            save_checkpoint(out_dir / "checkpoint", trainer)
-        looked = share >= next_look or share >= 1
-        if looked and not over:
-            next_look += run.evaluate_every
-            line |= look()
-            clock.restart()
-        _log(out_dir, line, say, quiet=number % 4 != 0 and not looked)
-        if share >= 1 or over:
-            return share >= 1
-    return True
+    return train_pools(trainer, make, run, out_dir, say, look, leave_compiling_out=trainer.compiled, look_last=True)
 
 
 @dataclass(slots=True)
@@ -259,16 +228,6 @@ class _Look:
         for row in self.reads.all(self.sets[name], QUICK_READS):
             found[f"{name}_{row['read']}_f1"] = round(float(str(row["f1"])), 2)
         return found
-
-
-def _log(out_dir: Path, line: Mapping[str, object], say: Callable[[str], None], *, quiet: bool) -> None:
-    with (out_dir / "curve.jsonl").open("a") as stream:
-        stream.write(json.dumps(dict(line)) + "\n")
-    if not quiet:
-        told = [
-            f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in line.items()
-        ]
-        say("  ".join(told))
 
 
 def _card(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -312,42 +312,11 @@ def _cannot_be_taken_up(folder: Path, error: Exception) -> DamagedFile:
     )
 
 
-def train_pool(
-    trainer: Trainer, steps: Sequence[Sequence[Batch]], clock: Clock, say: Callable[[str], None]
-) -> list[float]:
-    """The steps of one pool, or fewer when the schedule ends within it; the losses that were read back."""
-    losses = []
-    for batches in steps:
-        losses.append(_safe_step(trainer, batches, say))
-        if clock.compiling:
-            clock.restart()
-            clock.compiling = False
-        clock.tick()
-        if trainer.schedule.progress(trainer.progress.step, trainer.progress.seconds) >= 1:
-            break
-    return [loss for loss in losses if loss == loss]  # nan: left on the device
-
-
-def _safe_step(trainer: Trainer, batches: Sequence[Batch], say: Callable[[str], None]) -> float:
-    """One step; when the compiler fails on this machine, go on without it and say so."""
-    try:
-        return trainer.step(batches)
-    except Exception as error:
-        if not trainer.compiled or isinstance(error, torch.OutOfMemoryError):
-            raise
-        say(f"compiling failed ({type(error).__name__}: {str(error)[:200]}); going on uncompiled")
-        trainer.compiled = False
-        torch.compiler.set_stance("force_eager")
-        for weight in trainer.weights.values():
-            weight.grad = None
-        return trainer.step(batches)
-
-
 class Clock:
     """Seconds of training, evaluation left out.
 
     Attributes:
-        compiling: the next step compiles, and is no training: :func:`train_pool` leaves it out. False at first.
+        compiling: the next step compiles, and is no training: :mod:`mbc_core.training.pools` leaves it out.
     """
 
     def __init__(self, trainer: Trainer) -> None:

@@ -23,9 +23,10 @@ from mbc_core.query_map import QueryMap
 from mbc_core.reader.kv_lora import KVLoraConfig, add_kv_lora, save_adapter
 from mbc_core.reader.language_model import LanguageModel
 from mbc_core.reader.prompt import PromptFormat
-from mbc_core.training.batches import MicroBatch, micro_batches, prefetched, steps_of
-from mbc_core.training.loop import Clock, Schedule, Trainer, load_checkpoint, save_checkpoint, train_pool
+from mbc_core.training.batches import MicroBatch, micro_batches, steps_of
+from mbc_core.training.loop import Schedule, Trainer, load_checkpoint
 from mbc_core.training.memory_need import Shape, training_memory
+from mbc_core.training.pools import train_pools
 from mbc_core.training.prepared import Prepared, load_prepared
 from mbc_core.training.rivals import CLOSED_READS, SAYS, TEXT_READS, memory_of
 from mbc_core.training.samples import Mixture, SampleSource, build_source, distractors
@@ -170,35 +171,7 @@ def _train(
         composed = source.pool(run.seed, number, run.batch * _POOL_STEPS)
         return steps_of(micro_batches(composed, pad, run.batch_tokens, run.batch, (run.seed, number, 1)), run.batch)
 
-    clock, call_start = Clock(trainer), trainer.progress.seconds
-    next_look, logged = run.evaluate_every, (trainer.progress.samples, trainer.progress.seconds)
-    while next_look < trainer.schedule.progress(trainer.progress.step, trainer.progress.seconds):
-        next_look += run.evaluate_every
-    for number, steps in prefetched(make, trainer.progress.pool):
-        losses = train_pool(trainer, steps, clock, say)
-        here = trainer.progress
-        here.pool, here.loss = number + 1, float(np.mean(losses)) if losses else here.loss
-        share = trainer.schedule.progress(here.step, here.seconds)
-        line: dict[str, object] = {
-            "step": here.step,
-            "samples": here.samples,
-            "seconds": round(here.seconds, 2),
-            "loss": round(here.loss, 4),
-            "lr": trainer.schedule.rate(share),
-            "samples_per_second": round((here.samples - logged[0]) / max(1e-9, here.seconds - logged[1]), 1),
-        }
-        logged = (here.samples, here.seconds)
-        over = run.call_minutes is not None and here.seconds - call_start >= 60 * run.call_minutes
-        if share >= 1 or over or share >= next_look:
-            save_checkpoint(out_dir / "checkpoint", trainer)
-        if share < 1 and not over and share >= next_look:
-            next_look += run.evaluate_every
-            line |= look()
-            clock.restart()
-        _log(out_dir, line, say, quiet=number % 4 != 0 and "closed_f1" not in line and share < 1)
-        if share >= 1 or over:
-            return share >= 1
-    return True
+    return train_pools(trainer, make, run, out_dir, say, look)
 
 
 @dataclass(slots=True)
@@ -252,17 +225,6 @@ def _read_set(data: Prepared) -> ReadSet:
     scores = [np.array(one, dtype=np.float32) for one in data.table["scores"].to_pylist()]
     texts = data.table["text"].to_pylist()
     return ReadSet(texts, words, scores, data.questions, data.answers, data.rows, data.question_embeddings)
-
-
-def _log(out_dir: Path, line: Mapping[str, object], say: Callable[[str], None], *, quiet: bool) -> None:
-    with (out_dir / "curve.jsonl").open("a") as stream:
-        stream.write(json.dumps(dict(line)) + "\n")
-    if not quiet:
-        say(
-            "  ".join(
-                f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in line.items()
-            )
-        )
 
 
 def _card(
