@@ -1,4 +1,4 @@
-"""How often each code occurs in a bank, by codebook version: all that the aggregate read needs of it.
+"""How often each code occurs in a bank, by codebook version and slot: all that the aggregate read needs of it.
 
 Counted in one pass over the columns ``key, added_at, address, codebook_version`` of the live rows, so forgotten
 documents and earlier revisions never count. Histograms are exact int64, and add and subtract.
@@ -53,12 +53,12 @@ def histogram_of(bank: Bank, rows: pa.Table) -> Histogram:
         own = packed if len(found) == 0 and (versions == version).all() else packed[versions == version]
         counts = count_codes(own, slots)
         size = len(bank.codebook(version).codewords)
-        if counts[size:].any():
+        if counts[:, size:].any():
             raise DamagedFile(
                 "a code lies beyond its codebook",
                 value=f"version {version}, K = {size}",
                 cause="a shard or codebook is of another bank",
                 fix="run `mbc inspect --verify`, then restore the shard from a copy",
             )
-        found[int(version)] = counts[:size]
+        found[int(version)] = counts[:, :size]
     return Histogram(found, len(rows))

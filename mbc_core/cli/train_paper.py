@@ -88,6 +88,10 @@ def paper_data_command(
 @click.option("--tokens", type=click.IntRange(1), default=12, show_default=True, help="T.")
 @click.option("--code-width", type=click.IntRange(1), default=None, help="d_c of learned codes (default: the model's).")
 @click.option("--codebook-by", type=click.Choice(["gradient", "ema"]), default="gradient", show_default=True)
+@click.option(
+    "--usage-decay", type=click.FloatRange(0, 1, max_open=True), default=0.99, show_default=True,
+    help="Of usage and of an EMA codebook, a step; less lets dead codes be found in short runs.",
+)  # fmt: skip
 @click.option("--reset/--no-reset", default=True, show_default=True, help="Give dead codes a new word.")
 @click.option("--kv-lora/--no-kv-lora", default=True, show_default=True)
 @click.option("--quantize/--no-quantize", default=True, show_default=True, help="Off: MAC's memory of floats.")
@@ -114,6 +118,7 @@ def paper_data_command(
     "--cue-steps", type=click.IntRange(0), default=0, show_default=True, help="First steps that ask for words too."
 )
 @click.option("--standardize/--no-standardize", default=True, show_default=True, help="Center z before quantizing.")
+@click.option("--slot-marks/--no-slot-marks", default=True, show_default=True, help="Tell codes of slots apart.")
 @click.option("--lr", type=float, default=5e-4, show_default=True, help="Highest learning rate of the new parts.")
 @click.option("--encoder-lr", type=float, default=5e-5, show_default=True)
 @click.option("--lora-lr", type=float, default=7e-4, show_default=True)

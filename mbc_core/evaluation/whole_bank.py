@@ -34,13 +34,14 @@ def histogram_line(memory: Memory, shuffle: int | None = None) -> str:
 
     found = histogram_of(memory.bank, memory.passages)
     counts = {}
-    for version, held in sorted(found.counts.items()):
+    for version, held in sorted(found.cells.items()):
+        codewords = held.shape[1]
         order = (
-            np.arange(len(held))
+            np.arange(codewords)
             if shuffle is None
-            else np.random.default_rng([shuffle, version]).permutation(len(held))
+            else np.random.default_rng([shuffle, version]).permutation(codewords)
         )
-        counts[str(version)] = held[order].tolist()
+        counts[str(version)] = held[:, order].tolist()
     return json.dumps({"passages": found.passages, "counts": counts})
 
 
@@ -53,8 +54,8 @@ def histogram_from(line: str) -> Histogram:
     try:
         told = json.loads(line)
         counts = {int(version): np.array(held, dtype=np.int64) for version, held in told["counts"].items()}
-        if any(held.ndim != 1 or held.min(initial=0) < 0 for held in counts.values()):
-            raise ValueError("counts are lists of numbers from 0")
+        if any(held.ndim != 2 or held.min(initial=0) < 0 for held in counts.values()):
+            raise ValueError("counts are lists of numbers from 0, one list a slot")
         return Histogram(counts, int(told["passages"]))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedFile(
@@ -106,7 +107,7 @@ def answer_whole_bank(
     """
     reader.require_bank(codes.encoder, codes.rotation.digest, codes.slots)
     histogram = histogram_from(lines[0][0])
-    missing = sorted(set(histogram.counts) - set(codes.codebooks))
+    missing = sorted(set(histogram.cells) - set(codes.codebooks))
     if missing:
         raise DamagedFile("a question sheet lacks codebook versions", value=missing, fix="write it again")
     memory = reader.memory_of(codes.codebooks, histogram)

@@ -45,6 +45,8 @@ class PaperConfig:
         question: queries from the question's "tokens" (the same trick as for passages) or from its "embedding".
         embedding_width: width of that embedding.
         blocks, heads: of the aggregation.
+        slot_marks: add a learned embedding of its slot to each code vector before it is read, so that a histogram has
+            T·K cells and codes of different slots are told apart. Not in the paper, whose reader sees K cells.
         feed_forward: hidden width of its feed-forward parts is min(latent_width, feed_forward).
         prefix_tokens: virtual tokens a layer.
         prefix_hidden: hidden width of the prefix's networks.
@@ -82,6 +84,7 @@ class PaperConfig:
     embedding_width: int = 384
     blocks: int = 4
     heads: int = 8
+    slot_marks: bool = False
     feed_forward: int = 768
     prefix_tokens: int = 2
     prefix_hidden: int = 768

@@ -19,7 +19,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mbc_core.errors import UsageError
-from mbc_core.paper.aggregation import Aggregator, Memory, code_counts, flat_memory
+from mbc_core.paper.aggregation import (
+    Aggregator,
+    Memory,
+    cell_counts,
+    code_counts,
+    flat_memory,
+    histogram_memory,
+    slots_of,
+)
 from mbc_core.paper.amortization import Amortizer, EmbeddingQueries, T5Amortizer
 from mbc_core.paper.config import PaperConfig
 from mbc_core.paper.prefix import Prefix, PrefixShape
@@ -27,6 +35,9 @@ from mbc_core.paper.vector_quantizer import Quantized, VectorQuantizer
 from mbc_core.reader.kv_lora import KVLoraConfig, add_kv_lora
 from mbc_core.reader.language_model import HfModel, LanguageModel
 from mbc_core.reader.prefix_cache import Pairs, prefix_cache
+
+_MOST_LOGITS = 1 << 27
+"""Attention logits of one block that are computed at once when a whole bank is read: half a gigabyte in float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +135,7 @@ class PaperModel(nn.Module):
             )
             self.aggregator = Aggregator(
                 config.code_width, config.latent_width, blocks=config.blocks, heads=config.heads,
-                feed_forward=config.feed_forward,
+                feed_forward=config.feed_forward, slots=config.tokens if config.slot_marks else 0,
             )  # fmt: skip
             self.prefix = Prefix(
                 PrefixShape.of(language_model.model.config), config.latent_width, config.tokens,
@@ -167,9 +178,10 @@ class PaperModel(nn.Module):
         else:
             ids, mask = _given(batch.document_ids, "document_ids"), _given(batch.document_mask, "document_mask")
             quantized = self.quantizer(self.amortize(ids, mask, batch.kept))
-            memory = Memory(quantized.vectors.flatten(0, 1))
+            memory = Memory(quantized.vectors.flatten(0, 1), None, slots_of(quantized.vectors))
         if batch.banks > 1:
-            memory = Memory(memory.vectors.reshape(batch.banks, -1, memory.vectors.shape[-1]))
+            vectors = memory.vectors.reshape(batch.banks, -1, memory.vectors.shape[-1])
+            memory = Memory(vectors, None, None if memory.slots is None else memory.slots[: vectors.shape[1]])
         return memory, quantized
 
     def amortize(self, ids: Tensor, mask: Tensor, kept: Tensor | None = None) -> Tensor:
@@ -246,9 +258,10 @@ class PaperModel(nn.Module):
         return self._codewords() if self.quantizer is None else self.quantizer.codebook
 
     def histogram(self, codes: Tensor) -> Memory:
-        """The memory that holds ``codes`` int64 [N, T] under this model's codebook, in O(K)."""
+        """The memory that holds ``codes`` int64 [N, T] under this model's codebook, in O(K) (slot marks: O(T·K))."""
         words = self.code_vectors()
-        return Memory(words, code_counts(codes, len(words)))
+        count = cell_counts if self.config.slot_marks else code_counts
+        return histogram_memory([(words, count(codes, len(words)))])
 
     def queries(
         self, ids: Tensor | None = None, mask: Tensor | None = None, embeddings: Tensor | None = None
@@ -262,7 +275,11 @@ class PaperModel(nn.Module):
 
     def read(self, queries: Tensor, memory: Memory | None) -> Pairs:
         """Queries and memory → the prefix that :func:`mbc_core.reader.generate.greedy` takes."""
-        pairs: Pairs = self.prefix(self.aggregator(queries, memory))
+        many = 1 if memory is None else queries.shape[1] * memory.vectors.shape[-2] * self.config.heads
+        parts = [(queries, memory)]
+        if memory is not None and memory.vectors.dim() == 2 and (memory.counts is None or memory.counts.dim() == 1):
+            parts = [(part, memory) for part in queries.split(max(1, _MOST_LOGITS // many))]  # no question sees another
+        pairs: Pairs = self.prefix(torch.cat([self.aggregator(*part) for part in parts]))
         return pairs
 
     def answer_loss(self, ids: Tensor, places: Tensor, targets: Tensor, pairs: Pairs | None) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mbc_core.codes import pack, unpack
 from mbc_core.errors import IncompatibleBank, UsageError
-from mbc_core.paper.aggregation import Memory, code_counts, flat_memory
+from mbc_core.paper.aggregation import Memory, cell_counts, code_counts, flat_memory, histogram_memory
 from mbc_core.paper.model import PaperModel
 
 
@@ -27,19 +27,26 @@ class CodeBank:
     Args:
         codewords: E that the codes refer to, float32 [K, d_c]; a copy is kept.
         tokens: T.
+        marked: the model that reads it has slot marks.
     """
 
-    def __init__(self, codewords: Tensor, tokens: int) -> None:
+    def __init__(self, codewords: Tensor, tokens: int, *, marked: bool = False) -> None:
+        self.marked = marked
         self.codewords, self.tokens = codewords.detach().float().clone(), tokens
         self.bits = max(1, (len(codewords) - 1).bit_length())
         self.codebook = codebook_digest(codewords)
-        self.counts = torch.zeros(len(codewords), dtype=torch.int64, device=codewords.device)
+        self.cells = torch.zeros((tokens, len(codewords)), dtype=torch.int64, device=codewords.device)
         self._rows: dict[int, NDArray[np.uint8]] = {}
 
     @classmethod
     def of(cls, model: PaperModel) -> CodeBank:
         """An empty bank under the model's codebook."""
-        return cls(model.code_vectors(), model.config.tokens)
+        return cls(model.code_vectors(), model.config.tokens, marked=model.config.slot_marks)
+
+    @property
+    def counts(self) -> Tensor:
+        """How often each code occurs, int64 [K]."""
+        return self.cells.sum(0)
 
     def add(self, keys: Sequence[int], codes: Tensor, codebook: str) -> int:
         """Append documents; one that is there already is replaced.
@@ -76,19 +83,19 @@ class CodeBank:
         self.remove(list(latest))
         chosen = codes[list(latest.values())]
         self._rows |= dict(zip(latest, pack(chosen.cpu().numpy().astype(np.uint16), self.bits), strict=True))
-        self.counts += code_counts(chosen, len(self.codewords))
+        self.cells += cell_counts(chosen, len(self.codewords))
         return len(self._rows) - before
 
     def remove(self, keys: Sequence[int]) -> int:
         """Take documents out; returns how many were there."""
         found = [self._rows.pop(key) for key in keys if key in self._rows]
         if found:
-            self.counts -= code_counts(self._unpacked(found), len(self.codewords))
+            self.cells -= cell_counts(self._unpacked(found), len(self.codewords))
         return len(found)
 
     def histogram(self) -> Memory:
-        """What a question reads: codewords with their counts, O(K) whatever the bank holds."""
-        return Memory(self.codewords, self.counts)
+        """What a question reads: codewords with their counts, O(K) whatever the bank holds (slot marks: O(T·K))."""
+        return histogram_memory([(self.codewords, self.cells if self.marked else self.counts)])
 
     def flat(self) -> Memory:
         """The same, vector by vector: O(N·T)."""
@@ -108,9 +115,9 @@ class CodeBank:
 
     def _unpacked(self, rows: Sequence[NDArray[np.uint8]]) -> Tensor:
         if not rows:
-            return torch.zeros((0, self.tokens), dtype=torch.int64, device=self.counts.device)
+            return torch.zeros((0, self.tokens), dtype=torch.int64, device=self.cells.device)
         codes = unpack(np.stack(rows), self.tokens, self.bits).astype(np.int64)
-        return torch.from_numpy(codes).to(self.counts.device)
+        return torch.from_numpy(codes).to(self.cells.device)
 
 
 def codebook_digest(codewords: Tensor) -> str:

@@ -87,12 +87,13 @@ class AggregateReader:
 
     def memory(self, histogram: Histogram, bank: Bank) -> Memory | None:
         """A bank's codes as what the model reads; None for an empty bank."""
-        return self.memory_of({version: bank.codebook(version).codewords for version in histogram.counts}, histogram)
+        return self.memory_of({version: bank.codebook(version).codewords for version in histogram.cells}, histogram)
 
     def memory_of(self, codewords: Mapping[int, NDArray[np.float32]], histogram: Histogram) -> Memory | None:
         """The same from codebooks by version, float32 [K, d_c] each."""
         device = self.model.language_model.device
-        held = [(version, counts) for version, counts in sorted(histogram.counts.items()) if counts.any()]
+        counted = histogram.cells if self.model.config.slot_marks else histogram.counts
+        held = [(version, counts) for version, counts in sorted(counted.items()) if counts.any()]
         if not held:
             return None
         return histogram_memory(

@@ -50,6 +50,7 @@ class PaperOptions:
     tokens: int
     code_width: int | None
     codebook_by: Literal["gradient", "ema"]
+    usage_decay: float
     reset: bool
     kv_lora: bool
     quantize: bool
@@ -69,6 +70,7 @@ class PaperOptions:
     grow_every: int
     cue_steps: int
     standardize: bool
+    slot_marks: bool
     lr: float
     encoder_lr: float
     lora_lr: float
@@ -130,6 +132,7 @@ class PaperOptions:
             "lora_alpha": 2 * self.rank,
             "feed_forward": self.feed_forward,
             "prefix_hidden": self.prefix_hidden,
+            "slot_marks": self.slot_marks,
             "backprop_keep": self.backprop_keep,
             "seed": self.seed,
         }
@@ -144,6 +147,7 @@ class PaperOptions:
             quantize=self.quantize,
             reset=self.reset,
             codebook_by=self.codebook_by,
+            usage_decay=self.usage_decay,
             lambda_vq=self.lambda_vq,
             train_encoder=self.train_encoder,
             standardize=self.standardize,
@@ -216,7 +220,9 @@ def build_model(told: PaperOptions, base: LanguageModel) -> PaperModel:
         raise UsageError("address codes need their codebook", value="none given", fix="name it with --codebook FILE")
     words = Codebook.from_bytes(told.codebook_file.read_bytes(), str(told.codebook_file)).codewords
     config = replace(config, codewords=len(words))
-    return softened(PaperModel(config, base, codewords=torch.from_numpy(words).to(base.device)))
+    model = softened(PaperModel(config, base, codewords=torch.from_numpy(words).to(base.device)))
+    model.aggregator.fit_scale(model.code_vectors())
+    return model
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mbc_core.codes import code_size
 from mbc_core.evaluation.table import format_row, measured_row
-from mbc_core.paper.aggregation import Memory, code_counts
+from mbc_core.paper.aggregation import Memory, cell_counts, code_counts, histogram_memory
 from mbc_core.paper.model import PaperModel
 from mbc_core.reader.generate import answer_prompts
 from mbc_core.reader.prefix_cache import Pairs
@@ -31,7 +31,7 @@ from schemas.results import EvalRow
 _ENCODE_TOKENS = 65_536
 _GPU_TOKENS, _CPU_TOKENS = 32_768, 4_096
 _FLOAT_BANK = 64
-"""Largest bank of float vectors that is drawn for each question by itself; codes are counted, floats cannot be."""
+"""Largest bank that is drawn for each question by itself vector by vector, where K counts do not say everything."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,10 +41,12 @@ class CodeSet:
     Attributes:
         codes: int64 [N, T]; without quantization float32 [N, T, d_c].
         vectors: E, [K, d_c].
+        marked: the model has slot marks: codes are counted by slot.
     """
 
     codes: Tensor
     vectors: Tensor
+    marked: bool = False
 
     @property
     def counted(self) -> bool:
@@ -56,19 +58,27 @@ class CodeSet:
         codes = self.codes if rows is None else self.codes[rows]
         if not self.counted:
             many = rows is not None and rows.dim() == 2
-            return Memory(codes.flatten(1, 2) if many else codes.flatten(0, 1))
+            return Memory(codes.flatten(1, 2) if many else codes.flatten(0, 1), None, self._slots(rows))
         if rows is None or rows.dim() == 1:
-            return Memory(self.vectors, code_counts(codes, len(self.vectors)))
+            count = cell_counts if self.marked else code_counts
+            return histogram_memory([(self.vectors, count(codes, len(self.vectors)))])
+        if self.marked:
+            return Memory(self.vectors[codes.flatten(1)], None, self._slots(rows))
         flat = codes.flatten(1)
         counts = torch.zeros(len(flat), len(self.vectors), device=flat.device)
         return Memory(self.vectors, counts.scatter_add_(1, flat, torch.ones_like(flat, dtype=counts.dtype)))
+
+    def _slots(self, rows: Tensor | None) -> Tensor:
+        """Of the vectors of all passages, or of one bank of ``rows``."""
+        passages = len(self.codes) if rows is None else rows.shape[-1]
+        return torch.arange(self.codes.shape[1], device=self.codes.device).repeat(passages)
 
 
 def code_set(model: PaperModel, on_device: OnDevice, rows: Int64) -> CodeSet:
     """Encode the passages ``rows`` as online adaptation does, or take their address codes."""
     vectors = model.code_vectors().detach()
     if model.amortizer is None:
-        return CodeSet(on_device.codes_of(rows), vectors)
+        return CodeSet(on_device.codes_of(rows), vectors, model.config.slot_marks)
     parts, places = [], []
     for own, ids, mask in on_device.passage_batches(rows, _ENCODE_TOKENS):
         parts.append(model.encode_documents(ids, mask))
@@ -76,7 +86,8 @@ def code_set(model: PaperModel, on_device: OnDevice, rows: Int64) -> CodeSet:
     order = np.argsort(np.concatenate(places)) if len(rows) else np.zeros(0, np.int64)
     back = np.empty(len(rows), dtype=np.int64)
     back[np.argsort(rows)] = order
-    return CodeSet(torch.cat(parts)[torch.from_numpy(back).to(on_device.device)], vectors)
+    codes = torch.cat(parts)[torch.from_numpy(back).to(on_device.device)]
+    return CodeSet(codes, vectors, model.config.slot_marks)
 
 
 def evaluate_paper(
@@ -122,10 +133,10 @@ def evaluate_paper(
         rows.append(asker.row("shuffled", len(drawn), lambda places: other, size))
     if own.counted:
         order = np.random.default_rng(seed).permutation(len(own.vectors))
-        permuted = Memory(own.vectors, whole.counts[torch.from_numpy(order).to(on_device.device)])  # type: ignore[index]
+        permuted = replace(own, codes=torch.from_numpy(order).to(on_device.device)[own.codes]).memory()
         rows.append(asker.row("permuted", len(data), lambda places: permuted, size))
     for bank in banks:
-        if bank <= len(data) and (own.counted or bank <= _FLOAT_BANK):
+        if bank <= len(data) and (bank <= _FLOAT_BANK or (own.counted and not own.marked)):
             small = torch.from_numpy(small_banks(data.rows[chosen], len(data), bank, seed)).to(on_device.device)
             rows.append(asker.row(f"bank of {bank}", bank, lambda places, s=small: own.memory(s[places]), size))  # type: ignore[misc]
     return rows
@@ -134,6 +145,11 @@ def evaluate_paper(
 def answer_tokens(device: torch.device, *, floats: bool) -> int:
     """Prompt tokens answered at once: a bank of floats has its keys and values copied for every question."""
     return _GPU_TOKENS if device.type == "cuda" and not floats else _CPU_TOKENS
+
+
+def own_vectors(model: PaperModel) -> bool:
+    """Whether a small bank is read vector by vector: without quantization, or where slots are told apart."""
+    return not model.config.quantize or model.config.slot_marks
 
 
 def small_banks(right: Int64, passages: int, size: int, seed: int) -> Int64:
@@ -170,7 +186,7 @@ class _Asker:
         began = time.perf_counter()
         predictions = answer_prompts(
             language_model, self.form, prompts, prefixes=prefixes,
-            batch_tokens=answer_tokens(language_model.device, floats=not self.model.config.quantize),
+            batch_tokens=answer_tokens(language_model.device, floats=own_vectors(self.model)),
         )  # fmt: skip
         spent = 1e3 * (time.perf_counter() - began) / max(1, len(prompts))
         accepted = [self.data.accepted[place] for place in self.chosen.tolist()]

@@ -168,7 +168,7 @@ class PaperMethod:
     def _memory(self) -> Memory | None:
         if not self._held:
             return None
-        return CodeSet(torch.cat(self._held), self.model.code_vectors().detach()).memory()
+        return CodeSet(torch.cat(self._held), self.model.code_vectors().detach(), self.model.config.slot_marks).memory()
 
     def _codes(self, source: Prepared, rows: np.ndarray[tuple[int], np.dtype[np.int64]]) -> Tensor:
         """What the bank keeps of passages: codes int64 [n, T], or vectors float32 [n, T, d_c]."""

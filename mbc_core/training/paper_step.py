@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mbc_core.errors import UsageError
-from mbc_core.paper.aggregation import Memory
+from mbc_core.paper.aggregation import Memory, slots_of
 from mbc_core.paper.model import PaperModel
 from mbc_core.paper.vector_quantizer import Quantized
 from mbc_core.reader.prefix_cache import Pairs
@@ -86,6 +86,7 @@ def _prefix(model: PaperModel, batch: Batch, vectors: Tensor | None, shown: Show
     memory = vectors.reshape(banks, -1, vectors.shape[-1])
     if shown == "other":
         memory = memory.roll(1, 0)
-    latents = model.aggregator(queries.reshape(banks, -1, queries.shape[-1]), Memory(memory))
+    slots = slots_of(vectors)[: memory.shape[1]]
+    latents = model.aggregator(queries.reshape(banks, -1, queries.shape[-1]), Memory(memory, None, slots))
     pairs: Pairs = model.prefix(latents.reshape(queries.shape))
     return pairs

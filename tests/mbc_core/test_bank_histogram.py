@@ -16,32 +16,35 @@ from mbc_core.histogram import count_codes
 from tests.mbc_core.tiny_reader import CODEWORDS, SLOTS, Doc, add_documents, documents, make_bank, pieces
 
 
-def counted(bank, as_of=None) -> dict[int, list[int]]:
+def counted(bank, as_of=None) -> dict[int, list[list[int]]]:
     """One code at a time, from what recall itself is shown."""
     found: dict[int, list[int]] = {}
     for row in bank.passages(as_of).to_pylist():
-        counts = found.setdefault(row["codebook_version"], [0] * CODEWORDS)
-        for code in unpack(np.frombuffer(row["address"], np.uint8)[None], SLOTS)[0]:
+        cells = found.setdefault(row["codebook_version"], [[0] * CODEWORDS for _ in range(SLOTS)])
+        for counts, code in zip(cells, unpack(np.frombuffer(row["address"], np.uint8)[None], SLOTS)[0], strict=True):
             counts[code] += 1
     return found
 
 
-def told(bank, as_of=None) -> dict[int, list[int]]:
-    return {version: counts.tolist() for version, counts in bank_histogram(bank, as_of).counts.items()}
+def told(bank, as_of=None) -> dict[int, list[list[int]]]:
+    found = bank_histogram(bank, as_of)
+    assert all(np.array_equal(found.counts[version], cells.sum(0)) for version, cells in found.cells.items())
+    return {version: cells.tolist() for version, cells in found.cells.items()}
 
 
 @given(st.integers(0, 20), st.sampled_from([1, 3, 12, 24]), st.sampled_from([5, 8, 9]), st.integers(0, 2**32 - 1))
 def test_packed_codes_are_counted_as_they_unpack(rows, slots, bits, seed):
     codes = np.random.default_rng(seed).integers(0, 1 << bits, (rows, slots)).astype(np.uint16)
     counts = count_codes(pack(codes, bits), slots, bits)
-    assert counts.dtype == np.int64 and counts.tolist() == np.bincount(codes.ravel(), minlength=1 << bits).tolist()
+    wanted = [np.bincount(slot, minlength=1 << bits).tolist() for slot in codes.T]
+    assert counts.dtype == np.int64 and counts.tolist() == wanted
 
 
 def test_a_histogram_is_what_recall_sees_code_by_code(tmp_path):
     bank = make_bank(tmp_path / "b", documents(12))
     found = bank_histogram(bank)
     assert told(bank) == counted(bank) and found.passages == len(bank.passages())
-    assert sum(sum(one) for one in told(bank).values()) == SLOTS * found.passages
+    assert sum(np.sum(one) for one in told(bank).values()) == SLOTS * found.passages
 
 
 def test_each_codebook_version_has_its_own(tmp_path):
@@ -70,7 +73,7 @@ def test_revisions_and_forgotten_documents_do_not_count(tmp_path):
 
 def test_an_empty_bank_has_no_counts(tmp_path):
     found = bank_histogram(make_bank(tmp_path / "b", documents(4)), as_of=0)
-    assert found.counts == {} and found.passages == 0
+    assert found.counts == found.cells == {} and found.passages == 0
 
 
 @pytest.mark.parametrize("parts", [2, 3])

@@ -58,8 +58,8 @@ def test_every_question_is_shown_the_same_line_which_is_the_banks_histogram(shee
     shown = one(sheet, "aggregate")
     lines = {line for lines in sheet.memory(shown) for line in lines}
     found, wanted = histogram_from(*lines), bank_histogram(memory.bank)
-    assert {version: held.tolist() for version, held in found.counts.items()} == {
-        version: held.tolist() for version, held in wanted.counts.items()
+    assert {version: held.tolist() for version, held in found.cells.items()} == {
+        version: held.tolist() for version, held in wanted.cells.items()
     }
     assert found.passages == wanted.passages == len(memory)
     assert (shown.k, shown.profile, shown.bytes_per_passage) == (0, f"T{SLOTS}", 27.0) and shown.recall_ms > 0
@@ -67,8 +67,10 @@ def test_every_question_is_shown_the_same_line_which_is_the_banks_histogram(shee
 
 def test_the_shuffled_bank_has_as_many_codes_under_other_codewords(sheet, memory):
     own, other = (histogram_from(sheet.memory(one(sheet, read))[0][0]) for read in reversed(READS))
-    for version, held in own.counts.items():
-        assert sorted(held) == sorted(other.counts[version]) and not np.array_equal(held, other.counts[version])
+    for version, held in own.cells.items():
+        assert not np.array_equal(held, other.cells[version])
+        for cells, others in zip(held, other.cells[version], strict=True):
+            assert sorted(cells) == sorted(others)
     assert histogram_line(memory, 3) == histogram_line(memory, 3) != histogram_line(memory, 4)
 
 
@@ -94,7 +96,7 @@ def test_kept_answers_belong_to_this_bank_and_these_weights(sheet, paper, tmp_pa
     for _ in range(2):
         answer_sheet(only, language_model(), Adapters(aggregate=paper), kept=KeptAnswers(path))
     assert len(path.read_text().splitlines()) == 1
-    changed = replace(only, lines=[line.replace("[", "[1", 1) for line in only.lines])
+    changed = replace(only, lines=[line.replace("[[", "[[1", 1) for line in only.lines])
     answer_sheet(changed, language_model(), Adapters(aggregate=paper), kept=KeptAnswers(path))
     assert len(path.read_text().splitlines()) == 2
 
@@ -118,7 +120,7 @@ def test_damaged_lines_are_told(sheet, paper):
     for line in (
         "",
         "{}",
-        json.dumps({"passages": 1, "counts": {"0": [[1]]}}),
+        json.dumps({"passages": 1, "counts": {"0": [1]}}),
         json.dumps({"passages": 1, "counts": []}),
     ):
         with pytest.raises(DamagedFile, match="histogram cannot be read"):

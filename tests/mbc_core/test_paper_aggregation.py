@@ -14,6 +14,7 @@ from mbc_core.errors import UsageError
 from mbc_core.paper.aggregation import (
     Aggregator,
     Memory,
+    cell_counts,
     code_counts,
     flat_memory,
     hierarchy_distance,
@@ -104,6 +105,52 @@ def test_the_histogram_is_the_flat_read(versions, context, seed):
     assert error(made(asked, counted), flat) < 1e-5
     shuffled = vectors[torch.randperm(len(vectors), generator=torch.Generator().manual_seed(seed))]
     assert error(made(asked, Memory(shuffled)), flat) < 1e-5
+
+
+@given(versions=VERSIONS, context=st.sampled_from([WIDTH, 5]), seed=st.integers(0, 9))
+@torch.no_grad()
+def test_with_slot_marks_the_histogram_by_slot_is_the_flat_read(versions, context, seed):
+    made, asked = aggregator(context, seed, slots=T), queries(seed=seed)
+    banks = [bank(documents, 9, context, place) for documents, place in versions]
+    flat = [flat_memory(words, indices) for words, indices in banks]
+    whole = Memory(torch.cat([one.vectors for one in flat]), None, torch.cat([one.slots for one in flat]))
+    counted = histogram_memory([(words, cell_counts(indices, 9)) for words, indices in banks])
+    assert len(counted.vectors) <= 9 * T * len(versions)
+    assert error(made(asked, counted), made(asked, whole)) < 1e-5
+
+
+@torch.no_grad()
+def test_slot_marks_tell_slots_apart_and_nothing_else():
+    made, asked = aggregator(slots=T), queries()
+    words, indices = bank(5)
+    read = made(asked, flat_memory(words, indices))
+    assert error(made(asked, flat_memory(words, indices.roll(1, 0))), read) < 1e-5
+    assert error(made(asked, flat_memory(words, indices.flip(1))), read) > 1e-3
+    with pytest.raises(UsageError, match="which slot"):
+        made(asked, Memory(words))
+    plain = aggregator()
+    plain.load_state_dict({name: one for name, one in made.state_dict().items() if name != "marks"})
+    made.marks.data.zero_()
+    assert torch.equal(made(asked, flat_memory(words, indices)), plain(asked, flat_memory(words, indices)))
+
+
+def test_cells_sum_to_the_histogram():
+    _, indices = bank(20)
+    cells = cell_counts(indices, 9)
+    assert cells.tolist() == [torch.bincount(slot, minlength=9).tolist() for slot in indices.T]
+    assert torch.equal(cells.sum(0), code_counts(indices, 9))
+
+
+@torch.no_grad()
+def test_a_fitted_scale_gives_code_vectors_variance_one():
+    words = 0.05 * torch.randn(512, 5, generator=torch.Generator().manual_seed(3)) + 0.02
+    made, fitted = aggregator(5), aggregator(5)
+    fitted.fit_scale(words)
+    wanted = made.context((words - words.mean(0)) / words.std())
+    assert error(fitted.context(words), wanted) < 1e-5
+    same = aggregator()
+    same.fit_scale(torch.randn(9, WIDTH))
+    assert isinstance(same.context, torch.nn.Identity)
 
 
 @torch.no_grad()

@@ -27,9 +27,10 @@ def test_adaptation_changes_no_byte_of_any_weight_and_needs_no_gradient():
     assert model.digest() != before, "the digest must see what training changes (usage, reset words)"
 
 
+@pytest.mark.parametrize("slot_marks", [False, True])
 @torch.no_grad()
-def test_appending_one_by_one_is_appending_at_once_and_the_histogram_is_the_bank():
-    model = paper_model().eval()
+def test_appending_one_by_one_is_appending_at_once_and_the_histogram_is_the_bank(slot_marks):
+    model = paper_model(slot_marks=slot_marks).eval()
     ids, mask = padded(PASSAGES)
     at_once, one_by_one = CodeBank.of(model), CodeBank.of(model)
     adapt_online(model, at_once, range(4), ids, mask)
@@ -41,6 +42,7 @@ def test_appending_one_by_one_is_appending_at_once_and_the_histogram_is_the_bank
     queries = model.queries(shown.question_ids, shown.question_mask)
     flat = model.aggregator(queries, at_once.flat())
     assert float((model.aggregator(queries, at_once.histogram()) - flat).norm() / flat.norm()) < 1e-5
+    assert torch.equal(model.histogram(at_once.codes()).counts, at_once.histogram().counts)
 
 
 def test_a_document_counts_once_and_can_be_replaced_and_taken_out():
