@@ -278,7 +278,8 @@ class PaperModel(nn.Module):
         many = 1 if memory is None else queries.shape[1] * memory.vectors.shape[-2] * self.config.heads
         parts = [(queries, memory)]
         if memory is not None and memory.vectors.dim() == 2 and (memory.counts is None or memory.counts.dim() == 1):
-            parts = [(part, memory) for part in queries.split(max(1, _MOST_LOGITS // many))]  # no question sees another
+            at_once = max(1, _MOST_LOGITS // many)  # no question sees another
+            parts = [(part, memory) for part in torch.split(queries, at_once)]
         pairs: Pairs = self.prefix(torch.cat([self.aggregator(*part) for part in parts]))
         return pairs
 
