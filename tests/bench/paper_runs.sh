@@ -8,7 +8,7 @@
 #   SETS     names of the sets to measure on       PY  python to run
 set -u
 : "${DATA:?}" "${ENCODER:?}" "${LM:?}" "${OUT:?}"
-GGUF=${GGUF:-} PY=${PY:-python3} SETS=${SETS:-"squad news archivalqa"} SECONDS_LEFT=${SECONDS_LEFT:-540}
+GGUF=${GGUF:-} PY=${PY:-python3} SETS=${SETS:-"squad news archivalqa"} SECONDS_LEFT=${SECONDS_LEFT:-520}
 STEPS=${STEPS:-4000} SWEEP=${SWEEP:-300} EXTRA=${EXTRA:-} QUESTIONS=${QUESTIONS:-500}
 WEIGHTS=${WEIGHTS:-mbc_core/weights}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} TOKENIZERS_PARALLELISM=false TORCHINDUCTOR_COMPILE_THREADS=${THREADS:-4}
@@ -17,59 +17,84 @@ mkdir -p "$OUT"
 
 # run NAME options…: until it is finished, or the call's time is over less what measuring takes.
 run() {
-  local name=$1 left sets=() set
+  local name=$1 left questions sets=() set
   shift
   if grep -qs '"finished": true' "$OUT/$name/card.json"; then return; fi
-  left=$(awk "BEGIN {print ($ends - $(date +%s) - ${MEASURE:-45}) / 60}")
+  case $name in sweep_*) questions=${SWEEP_QUESTIONS:-200} ;; *) questions=$QUESTIONS ;; esac
+  left=$(awk "BEGIN {print ($ends - $(date +%s) - ${MEASURE:-70}) / 60}")
   if awk "BEGIN {exit !($left < 0.2)}"; then return; fi
   for set in $SETS; do
     if [ -f "$DATA/$set.safetensors" ]; then sets+=(--evaluate "$set=$DATA/$set.safetensors"); fi
   done
   "$PY" -m mbc_core.cli.train paper "$DATA/train.safetensors" --encoder "$ENCODER" --lm "$LM" \
     ${GGUF:+--gguf "$GGUF"} --out "$OUT/$name" --call-minutes "$left" --documents 64 --questions 2 \
-    "${sets[@]}" --evaluate-questions "$QUESTIONS" "$@" $EXTRA >"$OUT/$name.out" 2>>"$OUT/$name.log"
+    "${sets[@]}" --evaluate-questions "$questions" "$@" $EXTRA >"$OUT/$name.out" 2>>"$OUT/$name.log"
   echo "$(date +%T) $name $(tail -c 200 "$OUT/$name.out")"
 }
 
-address12="--codes address --tokens 12 --codebook $WEIGHTS/codebook_t12.safetensors --rank 12 --prefix-hidden 512"
-address24="--codes address --tokens 24 --codebook $WEIGHTS/codebook_t24.safetensors --rank 12 --prefix-hidden 512"
-learned="--codes learned --codebook-by ${BY:-ema} --freeze-encoder"
+address="--codes address --rank 12 --prefix-hidden 512 --slot-marks"
+address12="$address --tokens 12 --codebook $WEIGHTS/codebook_t12.safetensors"
+address24="$address --tokens 24 --codebook $WEIGHTS/codebook_t24.safetensors"
+# Chosen on a small task on a CPU: with the paper's λ = 1 and usage decay .99 one passage in sixteen shares its row of codes
+# with another after 200 steps, and 30 codewords live; with these none does, and 400 live. Slot marks helped only codes
+# that are the same in every slot; learned ones are read as the paper does.
+learned="--codes learned --codebook-by ${BY:-ema} --freeze-encoder --lambda-vq 0.1 --usage-decay 0.9 --no-slot-marks"
 # Small banks first, and words asked for before answers: without them no code was read after 200 steps.
-course="--steps $STEPS --banks 1,4,16,64 --grow-every ${GROW:-300} --cue-steps ${CUES:-1000} --look-every 200"
-fixed="--steps $SWEEP --flat 0 --minutes 0 --look-every 200 --banks 1,4,16,64 --grow-every 60 --cue-steps 200"
+course="--steps $STEPS --banks 1,4,16,64 --grow-every ${GROW:-200} --cue-steps ${CUES:-600} --look-every ${LOOK:-150}"
+fixed="--steps $SWEEP --flat 0 --minutes 0 --look-every $SWEEP --banks 1,4,16,64 --grow-every 60 --cue-steps 200"
 
-# The main configuration gets a lane of its own; sweeps are at one small budget and are not converged.
-lane1() { run learned $learned $course --minutes "${MAIN_MINUTES:-7}"; }
+# What ships and the main configuration come first; sweeps are at one small budget and are not converged.
+lane1() {
+  run learned $learned $course --minutes "${MAIN_MINUTES:-12}"
+  run sweep_usage99 $learned $fixed --usage-decay 0.99
+}
 lane2() {
-  run address_t24 $address24 $course --minutes "${MINUTES:-3.3}"
-  run address_t12 $address12 $course --minutes "${MINUTES:-3.3}"
+  run address_t24 $address24 $course --minutes "${ADDRESS_MINUTES:-6}"
+  run sweep_k128 $learned $fixed --codewords 128
+  run sweep_t24 $learned $fixed --tokens 24
+  run sweep_standardize_off $learned $fixed --no-standardize
 }
 lane3() {
-  run learned_closed $learned $course --closed --minutes "${MINUTES:-3.3}"
-  run address_closed $address12 $course --closed --minutes "${MINUTES:-3.3}"
+  run address_t12 $address12 $course --minutes "${ADDRESS_MINUTES:-6}"
+  run sweep_k2048 $learned $fixed --codewords 2048
+  run sweep_no_reset $learned $fixed --no-reset
+  run sweep_lambda1 $learned $fixed --lambda-vq 1
 }
 lane4() {
-  run mac_kv_lora $learned $course --no-quantize --minutes "${MAC_MINUTES:-2}"
-  run mac $learned $course --no-quantize --no-kv-lora --minutes "${MAC_MINUTES:-2}"
-  run sweep_base $learned $fixed
-  run sweep_k128 $learned $fixed --codewords 128
-  run sweep_k2048 $learned $fixed --codewords 2048
-  run sweep_t24 $learned $fixed --tokens 24
-  run sweep_no_reset $learned $fixed --no-reset
-  run sweep_gradient $learned $fixed --codebook-by gradient
+  run learned_closed $learned $course --closed --minutes "${CLOSED_MINUTES:-3.5}"
+  run address_closed $address12 $course --closed --minutes "${CLOSED_MINUTES:-3.5}"
   run sweep_no_kv_lora $learned $fixed --no-kv-lora
+  run sweep_gradient $learned $fixed --codebook-by gradient
+  run sweep_address_plain $address24 $fixed --no-slot-marks
+}
+lane5() {
+  run mac_kv_lora $learned $course --no-quantize --minutes "${MAC_MINUTES:-2.5}"
+  run mac $learned $course --no-quantize --no-kv-lora --minutes "${MAC_MINUTES:-2.5}"
+  run sweep_base $learned $fixed
   run sweep_no_vq $learned $fixed --no-quantize
-  run sweep_no_standardize $learned $fixed --no-standardize
+  run sweep_address_marks $address24 $fixed
+}
+
+# One line a run: step, held-out loss with the right bank / another one, the same for banks of one, codes used.
+look() {
+  local file
+  for file in "$OUT"/*/curve.jsonl; do
+    tail -n 1 "$file" | "$PY" -c 'import json, sys
+told = json.loads(sys.stdin.read() or "{}")
+names = "step seconds held_out_loss held_out_shuffled held_out_loss_of_one held_out_shuffled_of_one held_out_used".split()
+print(sys.argv[1].split("/")[-2].ljust(22), *(name.replace("held_out_", "") + " " + str(told.get(name)) for name in names))' "$file"
+  done
 }
 
 case "${1:-all}" in
-  all) for lane in 1 2 3 4; do "lane$lane" & done ;;
+  all) for lane in 1 2 3 4 5; do "lane$lane" & done ;;
   main) lane1 ;;
-  lane[1-4]) "$1" ;;
-  try) # a minute each of three kinds, to see how fast they are and whether they read
-    for one in "try_learned $learned" "try_address $address24" "try_closed $learned --closed"; do
+  lane[1-5]) "$1" ;;
+  look) look; exit ;;
+  try) # a minute each of two kinds, to see how fast they are and whether they read
+    for one in "try_learned $learned" "try_address $address24"; do
       SETS= run $one $course --minutes "${TRY_MINUTES:-1}" --look-every 50 --flat 0 &
     done ;;
-  *) echo "usage: paper_runs.sh all|main|lane1|…|lane4|try" >&2; exit 2 ;;
+  *) echo "usage: paper_runs.sh all|main|lane1|…|lane5|look|try" >&2; exit 2 ;;
 esac
 wait
