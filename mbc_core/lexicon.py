@@ -2,7 +2,8 @@
 
 The file is JSON, gzipped when its name ends in ``.gz``. ``merges``: ids 0-255 are the bytes, id 256 upwards what the
 merges make, in order (at most 61,440 ids; the rest of 16 bits is reserved). ``bits``: length of each id's code in a
-canonical Huffman code, so that a common word costs a few bits and a rare name many; without them every id takes 16.
+canonical Huffman code, so that a common word costs a few bits and a rare name many. ``code``: the same in the light of
+the word before, see :class:`~mbc_core.class_code.ClassCode`. Without either every id takes 16.
 A word is encoded with a space before it, so codes of several words decode to text with spaces between them,
 whatever the words were.
 """
@@ -13,12 +14,14 @@ import gzip
 import hashlib
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from mbc_core.class_code import ClassCode
 from mbc_core.errors import DamagedFile, ModelError
 from mbc_core.prefix_code import PrefixCode
 
@@ -28,8 +31,8 @@ VOCABULARY = 61_440
 PLAIN_BITS = 16
 """Bits of every id in a lexicon without ``bits``; a profile's budget of word codes is counted in these."""
 
-FORMATS = ("mbc-lexicon-1", "mbc-lexicon-2")
-"""Without and with ``bits``."""
+FORMATS = ("mbc-lexicon-1", "mbc-lexicon-2", "mbc-lexicon-3")
+"""Plain, with ``bits``, with ``code``."""
 
 
 class Lexicon:
@@ -40,16 +43,16 @@ class Lexicon:
     'on 30°'
     """
 
-    def __init__(self, merges: Sequence[tuple[str, str]], bits: Sequence[int] | None = None) -> None:
+    def __init__(self, merges: Sequence[tuple[str, str]], bits: Sequence[int] | ClassCode | None = None) -> None:
         self.merges = tuple(merges)
         self._content = _canonical(self.merges, bits)
         self.digest = hashlib.sha256(self._content).hexdigest()
         self._tokenizer = _build(self.merges)
         self._size = self._tokenizer.get_vocab_size()
-        self._code = _plain_code() if bits is None else PrefixCode(bits)
-        if bits is not None and len(bits) != self._size:
-            raise ValueError(f"{len(bits)} code lengths for {self._size} entries")
-        self._bits: list[int] = self._code.lengths.tolist()
+        self.code = _code(bits)
+        if bits is not None and len(self.code.lengths) != self._size:
+            raise ValueError(f"{len(self.code.lengths)} code lengths for {self._size} entries")
+        self._bits: list[int] = self.code.lengths.tolist()
         self._known: dict[str, tuple[list[int], int]] = {}
 
     def __len__(self) -> int:
@@ -57,7 +60,7 @@ class Lexicon:
 
     @property
     def bits(self) -> list[int]:
-        """Bits that each id takes on storage."""
+        """Bits that each id takes on storage; with a :class:`ClassCode` by and large, whatever comes before."""
         return self._bits[: self._size]
 
     @classmethod
@@ -81,9 +84,11 @@ class Lexicon:
             fields = json.loads(gzip.decompress(stored) if path.suffix == ".gz" else stored)
             if fields["format"] not in FORMATS:
                 raise ValueError(f"format {fields['format']!r}, this release reads {', '.join(FORMATS)}")
-            bits = fields["bits"] if fields["format"] == FORMATS[1] else None
-            return cls([_pair(entry) for entry in fields["merges"]], bits)
-        except (ValueError, KeyError, TypeError, OSError, EOFError, zlib.error) as error:
+            merges = [_pair(entry) for entry in fields["merges"]]
+            if fields["format"] == FORMATS[2]:
+                return cls(merges, ClassCode.of_fields(fields["code"]))
+            return cls(merges, fields["bits"] if fields["format"] == FORMATS[1] else None)
+        except (ValueError, KeyError, TypeError, OverflowError, OSError, EOFError, zlib.error) as error:
             raise DamagedFile(
                 "the lexicon file is damaged",
                 value=str(path),
@@ -102,12 +107,28 @@ class Lexicon:
         return [codes for codes, _ in self._learned(words)]
 
     def costs(self, words: Sequence[str]) -> list[int]:
-        """Bits that each word takes on storage."""
+        """Bits that each word takes on storage, by and large: see :attr:`bits`."""
         return [bits for _, bits in self._learned(words)]
+
+    def price(self, codes: Sequence[Sequence[int]]) -> Callable[[int | None, int, int | None], int]:
+        """What a word adds to a passage: a function of the places of the kept word before, the word, the one after.
+
+        Args:
+            codes: of each word of the passage, as :meth:`encode_words` gives them; a word without codes (an empty one)
+                has no price and must not be kept.
+
+        Returns:
+            bits added by keeping the word at a place, between two kept ones (None: there is none on that side). Added
+            up over the words kept, in whatever order they came, they are the bits that :meth:`pack` fills to bytes.
+        """
+        if isinstance(self.code, ClassCode):
+            return _price_between(self.code, codes)
+        alone = [sum(self._bits[code] for code in own) for own in codes]
+        return lambda before, place, after: alone[place]
 
     def pack(self, ids: Sequence[int]) -> bytes:
         """Word codes → bytes, as stored in the bank."""
-        return self._code.pack(ids)
+        return self.code.pack(ids)
 
     def unpack(self, stored: bytes) -> list[int]:
         """Stored bytes → word codes.
@@ -115,7 +136,7 @@ class Lexicon:
         Raises:
             DamagedFile: the bytes end inside a code.
         """
-        return self._code.unpack(stored)
+        return self.code.unpack(stored)
 
     def read(self, stored: bytes) -> str:
         """Text of stored bytes, words parted by single spaces.
@@ -163,15 +184,37 @@ class Lexicon:
 _REMEMBERED = 200_000  # words whose codes are kept in memory (about 40 MB); text repeats itself
 
 
+def _price_between(code: ClassCode, codes: Sequence[Sequence[int]]) -> Callable[[int | None, int, int | None], int]:
+    inside = [sum(code.after(*pair) for pair in pairwise(own)) for own in codes]
+
+    def added(before: int | None, place: int, after: int | None) -> int:
+        own = codes[place]
+        left = None if before is None else codes[before][-1]
+        bits = inside[place] + code.after(left, own[0])
+        if after is not None:
+            bits += code.after(own[-1], codes[after][0]) - code.after(left, codes[after][0])
+        return bits
+
+    return added
+
+
+def _code(bits: Sequence[int] | ClassCode | None) -> PrefixCode | ClassCode:
+    if isinstance(bits, ClassCode):
+        return bits
+    return _plain_code() if bits is None else PrefixCode(bits)
+
+
 @cache
 def _plain_code() -> PrefixCode:
     return PrefixCode([PLAIN_BITS] * 2**PLAIN_BITS)
 
 
-def _canonical(merges: Sequence[tuple[str, str]], bits: Sequence[int] | None) -> bytes:
-    fields: dict[str, object] = {"format": FORMATS[bits is not None]}
-    fields["merges"] = [f"{left} {right}" for left, right in merges]
-    if bits is not None:
+def _canonical(merges: Sequence[tuple[str, str]], bits: Sequence[int] | ClassCode | None) -> bytes:
+    form = 2 if isinstance(bits, ClassCode) else int(bits is not None)
+    fields: dict[str, object] = {"format": FORMATS[form], "merges": [f"{left} {right}" for left, right in merges]}
+    if isinstance(bits, ClassCode):
+        fields["code"] = bits.fields()
+    elif bits is not None:
         fields["bits"] = [int(length) for length in bits]
     return json.dumps(fields, ensure_ascii=False, indent=0).encode("utf-8")
 

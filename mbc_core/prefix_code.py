@@ -19,7 +19,9 @@ from mbc_core.errors import DamagedFile
 LONGEST = 32
 """Bits; longer codes are refused."""
 
-_BYTE = 8
+BYTE = 8
+
+_MASK = (1 << LONGEST) - 1
 
 
 class PrefixCode:
@@ -27,6 +29,7 @@ class PrefixCode:
 
     Args:
         lengths: bits of each symbol's code, 1 to 32; Σ 2^-length must be 1 (a complete code), and the longest ≥ 8.
+        short: the longest may have fewer than 8 bits: for a part of another code, which ends where that one says.
 
     Raises:
         ValueError: no complete code has these lengths.
@@ -36,9 +39,9 @@ class PrefixCode:
     (b'\\x07\\xff', [7, 255])
     """
 
-    def __init__(self, lengths: Sequence[int]) -> None:
+    def __init__(self, lengths: Sequence[int] | NDArray[np.int64], *, short: bool = False) -> None:
         self.lengths = np.asarray(lengths, dtype=np.int64)
-        self._longest = _check(self.lengths)
+        self._longest = _check(self.lengths, 1 if short else BYTE)
         order = np.lexsort((np.arange(len(self.lengths)), self.lengths))
         self._symbols: list[int] = order.tolist()
         sorted_lengths = self.lengths[order]
@@ -46,19 +49,21 @@ class PrefixCode:
         starts = np.cumsum(widths) - widths
         codes = np.empty(len(order), dtype=np.int64)
         codes[order] = starts >> (self._longest - sorted_lengths)
-        self._codes: list[int] = codes.tolist()
-        self._bits: list[int] = self.lengths.tolist()
+        self.codes: list[int] = codes.tolist()
+        self.bits: list[int] = self.lengths.tolist()
         present = np.unique(sorted_lengths)
         first = np.searchsorted(sorted_lengths, present)
         self._groups = list(zip(present.tolist(), first.tolist(), starts[first].tolist(), strict=True))
         self._group_starts: list[int] = starts[first].tolist()
+        self._beyond = LONGEST - self._longest
 
     @classmethod
-    def from_counts(cls, counts: Sequence[float] | NDArray[np.float64]) -> PrefixCode:
+    def from_counts(cls, counts: Sequence[float] | NDArray[np.float64], *, short: bool = False) -> PrefixCode:
         """The Huffman code of these positive counts; equal counts are told apart by their symbols' order.
 
         Raises:
-            ValueError: a count is not positive, or the code would need more than 32 bits or fewer than 8.
+            ValueError: a count is not positive, or the code would need more than 32 bits or (unless ``short``)
+                fewer than 8.
         """
         weights = np.asarray(counts, dtype=np.float64)
         if not (weights > 0).all():
@@ -74,16 +79,21 @@ class PrefixCode:
         depth = [0] * len(parents)
         for node in range(len(parents) - 2, -1, -1):
             depth[node] = depth[parents[node]] + 1
-        return cls(depth[: len(weights)])
+        return cls(depth[: len(weights)], short=short)
 
     def pack(self, symbols: Sequence[int]) -> bytes:
         """Bits of ``symbols`` one after the other, filled with ones to whole bytes."""
         value, size = 0, 0
         for symbol in symbols:
-            value = value << self._bits[symbol] | self._codes[symbol]
-            size += self._bits[symbol]
-        filling = -size % _BYTE
-        return ((value + 1 << filling) - 1).to_bytes((size + filling) // _BYTE, "big")
+            value = value << self.bits[symbol] | self.codes[symbol]
+            size += self.bits[symbol]
+        return filled(value, size)
+
+    def first(self, ahead: int) -> tuple[int, int]:
+        """The symbol that the next 32 bits ``ahead`` begin with, and its bits."""
+        ahead >>= self._beyond
+        length, first, start = self._groups[bisect_right(self._group_starts, ahead) - 1]
+        return self._symbols[first + ((ahead - start) >> (self._longest - length))], length
 
     def unpack(self, stored: bytes) -> list[int]:
         """Symbols of :meth:`pack`.
@@ -91,35 +101,48 @@ class PrefixCode:
         Raises:
             DamagedFile: the bytes end inside a code.
         """
-        left = len(stored) * _BYTE
-        window = self._longest
-        value = (int.from_bytes(stored, "big") + 1 << window) - 1  # ones behind the end, as the filling is
-        mask = (1 << window) - 1
+        left = len(stored) * BYTE
+        value = (int.from_bytes(stored, "big") + 1 << LONGEST) - 1  # ones behind the end, as the filling is
         found = []
         while left > 0:
-            ahead = value >> left & mask
-            length, first, start = self._groups[bisect_right(self._group_starts, ahead) - 1]
+            symbol, length = self.first(value >> left & _MASK)
             if length > left:
                 break
-            found.append(self._symbols[first + ((ahead - start) >> (window - length))])
+            found.append(symbol)
             left -= length
-        if left >= _BYTE or (value >> window & ((1 << left) - 1)) != (1 << left) - 1:
-            raise DamagedFile(
-                "the word codes of a passage are not whole",
-                value=f"{len(stored)} bytes, of which the last {left} bits are no code",
-                cause="a byte was lost or changed, or the column was written with another lexicon",
-                fix="run `mbc inspect --verify`, then restore the shard from a copy or ingest the document again",
-            )
+        whole_or_damaged(value >> LONGEST, left, len(stored))
         return found
 
 
-def _check(lengths: NDArray[np.int64]) -> int:
+def filled(value: int, size: int) -> bytes:
+    """The ``size`` bits of ``value``, filled with ones to whole bytes."""
+    filling = -size % BYTE
+    return ((value + 1 << filling) - 1).to_bytes((size + filling) // BYTE, "big")
+
+
+def whole_or_damaged(value: int, left: int, size: int) -> None:
+    """Check that the last ``left`` bits of ``value``, of ``size`` bytes, are filling.
+
+    Raises:
+        DamagedFile: they are something else.
+    """
+    if left < BYTE and value & ((1 << left) - 1) == (1 << left) - 1:
+        return
+    raise DamagedFile(
+        "the word codes of a passage are not whole",
+        value=f"{size} bytes, of which the last {left} bits are no code",
+        cause="a byte was lost or changed, or the column was written with another lexicon",
+        fix="run `mbc inspect --verify`, then restore the shard from a copy or ingest the document again",
+    )
+
+
+def _check(lengths: NDArray[np.int64], least: int) -> int:
     """The longest length, if a complete code has these lengths."""
     if not len(lengths) or lengths.min() < 1 or lengths.max() > LONGEST:
         raise ValueError(f"code lengths must be 1 to {LONGEST} bits")
     longest = int(lengths.max())
     if int(np.left_shift(1, longest - lengths).sum()) != 1 << longest:
         raise ValueError("the code lengths do not make a complete prefix code")
-    if longest < _BYTE:
-        raise ValueError("the longest code must have at least 8 bits")
+    if longest < least:
+        raise ValueError(f"the longest code must have at least {least} bits")
     return longest

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
@@ -35,6 +36,9 @@ language model reads running text better than a list of words."""
 
 BRIDGED = 1
 """Words between two chosen ones, at most so many, are kept with them: mostly short, so cheap; they make a phrase."""
+
+Price = Callable[[int | None, int, int | None], int]
+"""Bits that a word adds, told by the places of the kept word before it, of the word, of the kept word after it."""
 
 # A run of characters without white space, also cut at dashes that join two clauses ("gone—and", "gone--and").
 _RUN = re.compile(r"(?:(?!—|―|--|…|\.\.\.)\S)+")
@@ -70,7 +74,13 @@ def split_words(text: str) -> list[Word]:
 
 
 def choose_words(
-    words: Sequence[str], scores: npt.NDArray[np.float32], budget: int, lexicon: Lexicon
+    words: Sequence[str],
+    scores: npt.NDArray[np.float32],
+    budget: int,
+    lexicon: Lexicon,
+    *,
+    opening: float = OPENING_SHARE,
+    bridged: int = BRIDGED,
 ) -> npt.NDArray[np.uint16]:
     """Spend at most ``16 * budget`` bits on the best words of one passage.
 
@@ -82,6 +92,7 @@ def choose_words(
         scores: float32 [len(words)], higher is more worth keeping.
         budget: the profile's word codes, ≥ 0: what so many plain codes of 16 bits would take.
         lexicon: turns a word into codes and tells their bits.
+        opening, bridged: as for :func:`keeping_order`; others than the bank's own are for comparing choices.
 
     Returns:
         uint16, codes of the chosen words in text order; ``lexicon.pack`` of them has at most 2 · budget bytes.
@@ -91,8 +102,16 @@ def choose_words(
     """
     _require_scores(words, scores)
     costs = np.array(lexicon.costs(words), dtype=np.int64)
-    taken = choose_places(words, word_worth(scores, costs), costs.tolist(), budget_bits(budget))
     codes = lexicon.encode_words(words)
+    taken = choose_places(
+        words,
+        word_worth(scores, costs),
+        costs.tolist(),
+        budget_bits(budget),
+        price=lexicon.price(codes),
+        opening=opening,
+        bridged=bridged,
+    )
     return np.fromiter((code for place in taken for code in codes[place]), dtype=np.uint16)
 
 
@@ -113,26 +132,43 @@ def choose_places(
     costs: Sequence[int],
     room: int,
     *,
+    price: Price | None = None,
     opening: float = OPENING_SHARE,
     bridged: int = BRIDGED,
 ) -> list[int]:
     """Positions of the words that :func:`choose_words` takes, ascending; ``costs`` and ``room`` in bits.
 
+    A word that costs nothing is empty and never taken.
+
     Args:
+        price: what a word adds between two that are kept, see :meth:`mbc_core.lexicon.Lexicon.price`; without it a
+            word adds its cost. The costs alone say in which order words are tried.
         opening, bridged: as for :func:`keeping_order`; 0 and 0 take the words worth most and nothing else.
     """
     taken: list[int] = []
     order, repetitions = keeping_order(words, worth, costs, opening=opening, bridged=bridged)
-    for place in order:
-        if costs[place] <= room:
-            taken.append(place)
-            room -= costs[place]
-    if len(taken) == len(order):
-        for place in repetitions:
-            if costs[place] <= room:
-                taken.append(place)
-                room -= costs[place]
-    return sorted(taken)
+
+    def take(places: Sequence[int]) -> bool:
+        """Whether there was room for all of them."""
+        nonlocal room
+        whole = True
+        for place in places:
+            if not costs[place]:  # an empty word: there is nothing to keep, and no code beside which to price others
+                continue
+            at = bisect_left(taken, place)
+            before = taken[at - 1] if at else None
+            after = taken[at] if at < len(taken) else None
+            added = costs[place] if price is None else price(before, place, after)
+            if added <= room:
+                taken.insert(at, place)
+                room -= added
+            else:
+                whole = False
+        return whole
+
+    if take(order):
+        take(repetitions)
+    return taken
 
 
 def keeping_order(

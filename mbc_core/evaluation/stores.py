@@ -41,7 +41,10 @@ def first_codes(text: str, most: int, lexicon: Lexicon) -> list[int]:
     taken: list[int] = []
     words = [word.text for word in split_words(text)]
     room = 8 * most
-    for codes, bits in zip(lexicon.encode_words(words), lexicon.costs(words), strict=True):
+    coded = lexicon.encode_words(words)
+    price = lexicon.price(coded)
+    for place, codes in enumerate(coded):
+        bits = price(place - 1 if place else None, place, None)
         if bits > room:
             break
         taken += codes

@@ -7,6 +7,7 @@ resumed run goes on with the very same samples.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -20,7 +21,7 @@ from mbc_core.lexicon import Lexicon
 from mbc_core.reader.prompt import PromptFormat
 from mbc_core.training.batches import Composed, Int64, Ragged, spread
 from mbc_core.training.prepared import Prepared
-from mbc_core.words import budget_bits, keeping_order, word_worth
+from mbc_core.words import Price, budget_bits, keeping_order, word_worth
 
 Int32 = NDArray[np.int32]
 Cloze: TypeAlias = tuple[str, str, int]
@@ -267,7 +268,7 @@ def _tokenise_words(
 
     A budget keeps the first words of :func:`mbc_core.words.keeping_order`; unlike
     :func:`mbc_core.words.choose_words` a word too long for the room left ends the choice, which matters for the last
-    code or two only.
+    word or two only.
     """
     column = data.table["words"].combine_chunks()
     lengths = column.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
@@ -279,7 +280,7 @@ def _tokenise_words(
     bits = np.array(lexicon.costs(unique), dtype=np.int64)
     passage = np.repeat(np.arange(len(lengths)), lengths)
     worth = word_worth(score, bits[word])
-    enters = _entry_budgets(column.to_pylist(), worth, bits[word], budget_bits(most))
+    enters = _entry_budgets(column.to_pylist(), worth, bits[word], budget_bits(most), lexicon)
     tokens = Ragged.of(form.encode_many([f" {one}" for one in unique]))
     kept = enters != _NEVER
     word, passage, enters = word[kept], passage[kept], enters[kept]
@@ -290,7 +291,7 @@ def _tokenise_words(
 
 
 def _entry_budgets(
-    texts: Sequence[Sequence[str]], worth: NDArray[np.float32], bits: Int64, most: int
+    texts: Sequence[Sequence[str]], worth: NDArray[np.float32], bits: Int64, most: int, lexicon: Lexicon
 ) -> NDArray[np.uint16]:
     """For each word of all ``texts`` the bits of budget from which it is kept; 65,535 for words beyond ``most``."""
     enters = np.full(len(bits), _NEVER, dtype=np.uint16)
@@ -299,11 +300,27 @@ def _entry_budgets(
         stop = start + len(words)
         costs = bits[start:stop]
         order, repetitions = keeping_order(words, worth[start:stop], costs.tolist())
-        places = np.array([*order, *repetitions], dtype=np.int64)
-        spent = np.cumsum(costs[places])
-        enters[start + places] = np.where((costs[places] > 0) & (spent <= most), spent, _NEVER)
+        places = [place for place in (*order, *repetitions) if costs[place] > 0]
+        spent = _spent(places, lexicon.price(lexicon.encode_words(words)), most)
+        enters[start + np.array(places[: len(spent)], dtype=np.int64)] = spent
         start = stop
     return enters
+
+
+def _spent(places: Sequence[int], price: Price, most: int) -> list[int]:
+    """Bits of the first 1, 2, … ``places`` kept together, as long as they are at most ``most``; never falling."""
+    kept: list[int] = []
+    bits = 0
+    spent: list[int] = []
+    for place in places:
+        at = bisect_left(kept, place)
+        bits += price(kept[at - 1] if at else None, place, kept[at] if at < len(kept) else None)
+        kept.insert(at, place)
+        spent.append(max(bits, spent[-1]) if spent else bits)
+        if spent[-1] > most:
+            spent.pop()
+            break
+    return spent
 
 
 def cloze_questions(data: Prepared, each: int, seed: int) -> list[Cloze]:

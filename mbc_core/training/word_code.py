@@ -1,6 +1,7 @@
-"""How many bits each word code takes: a Huffman code of the words that passages really keep.
+"""How many bits each word code takes: a code of the words that passages really keep, in their order.
 
-Which words are kept depends on what they cost, so counting and coding take turns; two turns are enough.
+Which words are kept depends on what they cost, so counting and coding take turns; two turns are enough. Classes of
+entries (:mod:`~mbc_core.training.word_classes`) are found once, from whole texts and kept words together.
 """
 
 from __future__ import annotations
@@ -13,15 +14,23 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from mbc_core.class_code import ClassCode, sequence_bits
 from mbc_core.errors import UsageError
 from mbc_core.lexicon import Lexicon
 from mbc_core.prefix_code import PrefixCode
 from mbc_core.training.lexicon import card_path
 from mbc_core.training.prepared import Prepared
-from mbc_core.words import budget_bits, choose_places, choose_words, word_worth
+from mbc_core.training.word_classes import Pairs, word_classes
+from mbc_core.words import choose_words
 
 BUDGETS = (12, 24, 41)
 """Word codes of the profiles, counted alike."""
+
+CLASSES = 256
+"""Of entries. More (512) save less on held-out passages, for want of text to count."""
+
+LEAST_CLASSES = 129
+"""Fewer may all get codes shorter than eight bits, and then the filling at a passage's end could read as a class."""
 
 UNSEEN = 0.3
 """Count given to every entry beside what was seen."""
@@ -32,6 +41,7 @@ def train_word_code(
     lexicon: Lexicon,
     *,
     budgets: Sequence[int] = BUDGETS,
+    classes: int = CLASSES,
     turns: int = 2,
     say: Callable[[str], None] = lambda line: None,
 ) -> Lexicon:
@@ -41,9 +51,10 @@ def train_word_code(
         data: passages with scored words, see ``mbc train prepare``.
         lexicon: entries; its bits, if it has some, are where the first turn starts.
         budgets: word codes a passage, as in profiles.
+        classes: of entries; a code's bits then depend on the class before. 0: on its own frequency alone.
 
     Raises:
-        UsageError: there are no scored words.
+        UsageError: there are no scored words; fewer than 129 classes, or more than entries.
     """
     words, scores = data.table["words"].to_pylist(), data.table["scores"].to_pylist()
     if not any(words):
@@ -53,31 +64,60 @@ def train_word_code(
             cause="they were prepared without a salience head",
             fix="run `mbc train prepare … --salience FILE` first",
         )
+    if classes and not LEAST_CLASSES <= classes <= len(lexicon):
+        raise UsageError(
+            "that many classes of word codes cannot be made",
+            value=classes,
+            cause=f"a code needs {LEAST_CLASSES} classes at least and an entry for each, of {len(lexicon):,}",
+            fix=f"give --classes {min(CLASSES, len(lexicon))}, or 0 for a code without classes",
+        )
     scored = [np.asarray(one, dtype=np.float32) for one in scores]
+    found = None
     for turn in range(turns):
-        counts = chosen_counts(words, scored, lexicon, budgets)
-        lexicon = Lexicon(lexicon.merges, PrefixCode.from_counts(counts + UNSEEN).lengths.tolist())
-        say(f"turn {turn + 1}: {counts.sum():,.0f} codes kept, {mean_bits(counts, lexicon):.2f} bits a code")
+        kept = chosen(words, scored, lexicon, budgets)
+        if classes and found is None:
+            whole = [np.array([code for word in lexicon.encode_words(one) for code in word]) for one in words]
+            found = word_classes(Pairs.of([*kept, *whole], len(lexicon)), classes, say=say)
+        lexicon = _coded(lexicon, kept, found)
+        count = sum(len(one) for one in kept)
+        bits = sum(stored_bits(lexicon, one) for one in kept) / max(count, 1)
+        say(f"turn {turn + 1}: {count:,} codes kept, {bits:.2f} bits a code")
     return lexicon
 
 
-def chosen_counts(
+def _coded(lexicon: Lexicon, kept: Sequence[NDArray[np.uint16]], classes: NDArray[np.int64] | None) -> Lexicon:
+    """Entries of ``lexicon`` with the bits that suit ``kept``."""
+    if classes is not None:
+        return Lexicon(lexicon.merges, ClassCode.from_sequences(kept, classes.tolist(), unseen=UNSEEN))
+    counts = np.bincount(np.concatenate(kept), minlength=len(lexicon)).astype(np.float64)
+    return Lexicon(lexicon.merges, PrefixCode.from_counts(counts + UNSEEN).lengths.tolist())
+
+
+def chosen(
     words: Sequence[Sequence[str]],
     scores: Sequence[NDArray[np.float32]],
     lexicon: Lexicon,
     budgets: Sequence[int],
-) -> NDArray[np.float64]:
-    """How often each entry is kept, summed over the budgets: float64 [entries]."""
-    counts = np.zeros(len(lexicon), dtype=np.int64)
-    for passage, score in zip(words, scores, strict=True):
-        for budget in budgets:
-            np.add.at(counts, choose_words(passage, score, budget, lexicon), 1)
-    return counts.astype(np.float64)
+) -> list[NDArray[np.uint16]]:
+    """Word codes that each passage keeps at each of the ``budgets``, passage by passage."""
+    pairs = zip(words, scores, strict=True)
+    return [choose_words(passage, score, budget, lexicon) for passage, score in pairs for budget in budgets]
 
 
-def mean_bits(counts: NDArray[np.float64], lexicon: Lexicon) -> float:
-    """Bits of a code, weighted by ``counts``."""
-    return float((counts * np.array(lexicon.bits, dtype=np.float64)).sum() / max(counts.sum(), 1.0))
+def stored_bits(lexicon: Lexicon, codes: Sequence[int] | NDArray[np.uint16]) -> int:
+    """Bits of a passage's word codes, before they are filled to bytes."""
+    if isinstance(lexicon.code, ClassCode):
+        return sequence_bits(lexicon.code, [int(code) for code in codes])
+    return int(lexicon.code.lengths[np.asarray(codes, dtype=np.int64)].sum())
+
+
+def kept_at(
+    words: Sequence[Sequence[str]], scores: Sequence[NDArray[np.float32]], lexicon: Lexicon, budget: int
+) -> tuple[float, float]:
+    """Mean bits of a code and mean number of codes that a passage keeps at ``budget``."""
+    kept = chosen(words, scores, lexicon, [budget])
+    count = sum(len(one) for one in kept)
+    return sum(stored_bits(lexicon, one) for one in kept) / max(count, 1), count / max(len(kept), 1)
 
 
 def write_card(out: Path, before: Path, coded: Lexicon, data: Prepared) -> dict[str, object]:
@@ -85,21 +125,23 @@ def write_card(out: Path, before: Path, coded: Lexicon, data: Prepared) -> dict[
     entries = json.loads(card_path(before).read_text(encoding="utf-8")) if card_path(before).exists() else {}
     words = data.table["words"].to_pylist()
     scores = [np.asarray(one, dtype=np.float32) for one in data.table["scores"].to_pylist()]
-    kept = {
-        str(budget): {
-            "bits_per_code": round(mean_bits(chosen_counts(words, scores, coded, [budget]), coded), 2),
-            "words": round(words_kept(words, scores, coded, budget), 1),
-            "words_at_16_bits_a_code": round(words_kept(words, scores, Lexicon(coded.merges), budget), 1),
+    kept = {}
+    for budget in BUDGETS:
+        bits, codes = kept_at(words, scores, coded, budget)
+        plain = kept_at(words, scores, Lexicon(coded.merges), budget)[1]
+        kept[str(budget)] = {
+            "bits_per_code": round(bits, 2),
+            "codes": round(codes, 1),
+            "codes_at_16_bits": round(plain, 1),
         }
-        for budget in BUDGETS
-    }
     card: dict[str, object] = {
-        "what": "byte-level BPE lexicon with a Huffman code: word codes of the bank",
+        "what": "byte-level BPE lexicon with a Huffman code in classes of entries: word codes of the bank",
         "entries": len(coded),
         "digest": coded.digest,
         "file_sha256": hashlib.sha256(out.read_bytes()).hexdigest(),
         "entries_of": Lexicon.load(before).digest,
         "trained_on": entries.get("trained_on", []),
+        "classes": int(coded.code.classes.max()) + 1 if isinstance(coded.code, ClassCode) else 0,
         "bits": {"shortest": min(coded.bits), "longest": max(coded.bits)},
         "counted_on": {"passages": len(data), **data.sources},
         "kept_by_budget": kept,
@@ -107,14 +149,3 @@ def write_card(out: Path, before: Path, coded: Lexicon, data: Prepared) -> dict[
     }
     card_path(out).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
     return card
-
-
-def words_kept(
-    words: Sequence[Sequence[str]], scores: Sequence[NDArray[np.float32]], lexicon: Lexicon, budget: int
-) -> float:
-    """Mean number of words that a passage keeps at ``budget`` word codes."""
-    kept = 0
-    for passage, score in zip(words, scores, strict=True):
-        costs = np.array(lexicon.costs(passage), dtype=np.int64)
-        kept += len(choose_places(passage, word_worth(score, costs), costs.tolist(), budget_bits(budget)))
-    return kept / max(len(words), 1)

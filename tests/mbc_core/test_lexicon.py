@@ -8,9 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mbc_core import weights
+from mbc_core.class_code import ClassCode
 from mbc_core.errors import DamagedFile, ModelError
 from mbc_core.lexicon import FORMATS, VOCABULARY, Lexicon
 from mbc_core.prefix_code import PrefixCode
+from tests.mbc_core.class_lexicon import MERGES, class_code, class_lexicon
 
 SHIPPED = Lexicon.load(weights.path("lexicon.json.gz"))
 WORDS = st.lists(st.text(st.characters(exclude_categories=["Z", "C"]), min_size=1, max_size=12), max_size=12)
@@ -150,7 +152,8 @@ def test_more_entries_than_codes_are_refused(tmp_path):
 
 def test_gzip_holds_plain_json():
     fields = json.loads(gzip.decompress(weights.path("lexicon.json.gz").read_bytes()))
-    assert fields["format"] == FORMATS[1]
+    assert fields["format"] == FORMATS[2]
+    assert max(fields["code"]["classes"]) + 1 == json.loads(weights.path("lexicon.card.json").read_text())["classes"]
 
 
 def test_bits_of_a_lexicon_are_part_of_it(tmp_path):
@@ -171,4 +174,95 @@ def test_bits_of_a_lexicon_are_part_of_it(tmp_path):
 def test_bits_for_another_number_of_entries_are_refused(tmp_path):
     (tmp_path / "bad.json").write_text(json.dumps({"format": FORMATS[1], "merges": ["Ġ a"], "bits": [8] * 256}))
     with pytest.raises(DamagedFile, match="256 code lengths for 257 entries"):
+        Lexicon.load(tmp_path / "bad.json")
+
+
+@given(WORDS)
+def test_stored_words_of_the_shipped_lexicon_come_back(words):
+    stored = SHIPPED.pack(codes_of(SHIPPED, words))
+    assert SHIPPED.read(stored) == " ".join(words)
+
+
+def test_words_in_their_order_take_fewer_bits_than_turned_round():
+    assert isinstance(SHIPPED.code, ClassCode)
+    words = [
+        "The",
+        "President",
+        "of",
+        "the",
+        "United",
+        "States",
+        "will",
+        "be",
+        "in",
+        "New",
+        "York",
+        "on",
+        "30",
+        "June",
+        "2019",
+        "for",
+        "a",
+        "meeting",
+    ]
+    assert len(SHIPPED.pack(codes_of(SHIPPED, words))) < len(SHIPPED.pack(codes_of(SHIPPED, words[::-1])))
+
+
+def test_a_lexicon_with_classes_is_saved_whole(tmp_path):
+    lexicon, other = class_lexicon(0), class_lexicon(1)
+    assert len({lexicon.digest, other.digest, Lexicon(MERGES).digest}) == 3
+    assert lexicon.costs(["ab", "b", ""]) == [lexicon.bits[257], lexicon.bits[258], 0]
+    lexicon.save(tmp_path / "lexicon.json.gz")
+    again = Lexicon.load(tmp_path / "lexicon.json.gz")
+    assert again.digest == lexicon.digest and again.bits == lexicon.bits
+    codes = codes_of(lexicon, ["ab", "ba", "1", "ab"])
+    assert again.pack(codes) == lexicon.pack(codes) and again.read(lexicon.pack(codes)) == "ab ba 1 ab"
+
+
+@given(
+    st.lists(st.text("ab1", min_size=1, max_size=4), min_size=1, max_size=10),
+    st.randoms(),
+    st.sampled_from([class_lexicon(0), class_lexicon(1), Lexicon(MERGES), SHIPPED]),
+)
+def test_prices_add_up_to_the_packed_bits_in_whatever_order_words_come(words, draw, lexicon):
+    codes = lexicon.encode_words(words)
+    price = lexicon.price(codes)
+    kept, bits = [], 0
+    for place in draw.sample(range(len(words)), len(words)):
+        before = max((one for one in kept if one < place), default=None)
+        after = min((one for one in kept if one > place), default=None)
+        bits += price(before, place, after)
+        kept = sorted([*kept, place])
+        stored = lexicon.pack([code for one in kept for code in codes[one]])
+        assert len(stored) == -(-bits // 8)
+        assert bits == sum(one.after(*pair) for one, pair in links(lexicon, [c for at in kept for c in codes[at]]))
+
+
+def links(lexicon, codes):
+    """The lexicon's code and each pair of neighbours; for a plain lexicon something that says 16 bits."""
+
+    class Plain:
+        def after(self, before, code):
+            return 16
+
+    code = lexicon.code if isinstance(lexicon.code, ClassCode) else Plain()
+    return [(code, pair) for pair in zip([None, *codes], codes, strict=False)]
+
+
+@pytest.mark.parametrize(
+    ("change", "cause"),
+    [
+        ({"code": [8] * 261}, "list indices"),
+        ({"code": {}}, "classes"),
+        ({"code": class_code(260).fields()}, "260 code lengths for 261 entries"),
+        ({"code": {**class_code(261).fields(), "usual": [0] * 9}}, "at least one bit"),
+        ({"code": {**class_code(261).fields(), "usual": [2**70] * 9}}, "too large"),
+        ({"code": {**class_code(261).fields(), "members": "none"}}, "invalid literal"),
+    ],
+)
+def test_a_damaged_code_is_named(tmp_path, change, cause):
+    class_lexicon().save(tmp_path / "good.json")
+    fields = json.loads((tmp_path / "good.json").read_text())
+    (tmp_path / "bad.json").write_text(json.dumps({**fields, **change}))
+    with pytest.raises(DamagedFile, match=f"the lexicon file is damaged.*{cause}"):
         Lexicon.load(tmp_path / "bad.json")

@@ -13,8 +13,9 @@ from mbc_core.evaluation.addresses import AddressIndex
 from mbc_core.reader.prompt import PromptFormat
 from mbc_core.training.batches import Ragged, spread
 from mbc_core.training.prepared import load_prepared
-from mbc_core.training.samples import Mixture, SampleSource, build_source, distractors
+from mbc_core.training.samples import _NEVER, Mixture, SampleSource, _entry_budgets, build_source, distractors
 from mbc_core.words import choose_words, keeping_order, word_worth
+from tests.mbc_core.class_lexicon import class_lexicon
 from tests.mbc_core.prepared_data import write_prepared
 from tests.mbc_core.tiny_reader import END, SLOTS, BagOfWords, documents, lexicon, pieces, tokenizer
 
@@ -74,6 +75,37 @@ def test_the_plain_loop_is_the_banks_choice_up_to_the_last_word(data):
         words, scores = data.words_of(row)
         chosen = lexicon().decode(choose_words(words, scores, 40, lexicon()).tolist())
         assert set(plain_words(data, row, 40).split()) <= set(chosen.split())
+
+
+@given(
+    st.lists(st.lists(st.tuples(st.text("abA1", max_size=4), st.integers(0, 5)), max_size=10), max_size=3),
+    st.integers(0, 2),
+)
+def test_budgets_at_which_words_enter_agree_with_the_banks_choice(passages, seed):
+    classed, most = class_lexicon(seed), 300
+    texts = [[word for word, _ in one] for one in passages]
+    scores = [np.array([value for _, value in one], dtype=np.float32) for one in passages]
+    costs = [np.array(classed.costs(one), dtype=np.int64) for one in texts]
+    worth = [word_worth(score, cost) for score, cost in zip(scores, costs, strict=True)]
+    none = np.zeros(0)
+    found = _entry_budgets(
+        texts, np.concatenate([none, *worth]), np.concatenate([none, *costs]).astype(np.int64), most, classed
+    )
+    start = 0
+    for words, score in zip(texts, scores, strict=True):
+        enters = found[start : start + len(words)].astype(np.int64)
+        start += len(words)
+        assert ((enters <= most) | (enters == _NEVER)).all()
+        assert not any(word == "" and bits != _NEVER for word, bits in zip(words, enters, strict=True))
+        for budget in range(0, 19, 3):
+            kept = [word for word, bits in zip(words, enters, strict=True) if bits <= 16 * budget]
+            codes = [code for own in classed.encode_words(kept) for code in own]
+            assert len(classed.pack(codes)) <= 2 * budget
+            chosen = classed.decode(choose_words(words, score, budget, classed)).split()
+            rest = iter(chosen)
+            assert all(word in rest for word in kept), "in their order; the bank may add a word that still has room"
+            if len(kept) == sum(map(bool, words)):
+                assert chosen == kept
 
 
 def test_every_sample_is_lines_then_its_question_and_its_answer(data):

@@ -1,7 +1,6 @@
 """The word code is counted from kept words: a plain loop, fewer bits than 16, and the command with its card."""
 
 import json
-from collections import Counter
 
 import numpy as np
 import pyarrow as pa
@@ -9,11 +8,12 @@ import pytest
 from click.testing import CliRunner
 from prepared_data import write_prepared
 
+from mbc_core.class_code import ClassCode
 from mbc_core.cli.train import train
 from mbc_core.errors import UsageError
 from mbc_core.lexicon import Lexicon
 from mbc_core.training.prepared import load_prepared
-from mbc_core.training.word_code import chosen_counts, mean_bits, train_word_code
+from mbc_core.training.word_code import chosen, kept_at, stored_bits, train_word_code
 from mbc_core.words import choose_words
 
 PLAIN = Lexicon([("Ġ", "T"), ("ĠT", "h"), ("o", "u"), ("ou", "n"), ("oun", "d")])
@@ -24,28 +24,53 @@ def prepared(tmp_path):
     return write_prepared(tmp_path / "prepared")
 
 
-def test_counts_are_those_of_a_plain_loop(prepared):
+def scored(data):
+    return data.table["words"].to_pylist(), [data.words_of(row)[1] for row in range(len(data))]
+
+
+def test_kept_words_are_those_of_a_plain_loop(prepared):
     data = load_prepared(prepared)
-    expected = Counter()
-    for row in range(len(data)):
-        for budget in (3, 12):
-            expected.update(choose_words(*data.words_of(row), budget, PLAIN).tolist())
-    words = data.table["words"].to_pylist()
-    scores = [data.words_of(row)[1] for row in range(len(data))]
-    found = chosen_counts(words, scores, PLAIN, (3, 12))
-    assert {place: count for place, count in enumerate(found.tolist()) if count} == expected
+    rows = range(len(data))
+    expected = [choose_words(*data.words_of(row), budget, PLAIN).tolist() for row in rows for budget in (3, 12)]
+    words, scores = scored(data)
+    assert [one.tolist() for one in chosen(words, scores, PLAIN, (3, 12))] == expected
+    bits, codes = kept_at(words, scores, PLAIN, 12)
+    assert bits == 16 and codes == sum(len(one) for one in expected[1::2]) / len(data)
 
 
 def test_kept_words_cost_less_than_16_bits_and_frequent_ones_least(prepared):
     data = load_prepared(prepared)
-    coded = train_word_code(data, PLAIN)
+    coded = train_word_code(data, PLAIN, classes=0)
     assert coded.merges == PLAIN.merges and coded.digest != PLAIN.digest
-    words = data.table["words"].to_pylist()
-    scores = [data.words_of(row)[1] for row in range(len(data))]
-    counts = chosen_counts(words, scores, coded, (12, 24, 41))
-    assert mean_bits(counts, coded) < 8, "261 entries, of which a few make up most"
+    kept = chosen(*scored(data), coded, (12, 24, 41))
+    counts = np.bincount(np.concatenate(kept), minlength=len(coded))
+    bits = [stored_bits(coded, one) for one in kept]
+    assert [-(-one // 8) for one in bits] == [len(coded.pack(one.tolist())) for one in kept]
+    assert sum(bits) / counts.sum() < 8, "261 entries, of which a few make up most"
     assert coded.bits[int(np.argmax(counts))] == min(coded.bits)
     assert max(coded.bits) == coded.bits[int(np.argmin(counts))]
+
+
+def test_classes_of_entries_save_bits(prepared):
+    data = load_prepared(prepared)
+    said: list[str] = []
+    alone, classed = train_word_code(data, PLAIN, classes=0), train_word_code(data, PLAIN, classes=130, say=said.append)
+    assert isinstance(classed.code, ClassCode) and int(classed.code.classes.max()) == 129
+    words, scores = scored(data)
+    assert kept_at(words, scores, classed, 24)[0] < kept_at(words, scores, alone, 24)[0] - 1
+    assert len(chosen(words, scores, classed, [12])[0]) > len(chosen(words, scores, alone, [12])[0])
+    kept = chosen(words, scores, classed, (0, 12, 24))
+    assert [-(-stored_bits(classed, one) // 8) for one in kept] == [len(classed.pack(one.tolist())) for one in kept]
+    assert [line.split(":")[0] for line in said if line.startswith("turn")] == ["turn 1", "turn 2"]
+    assert train_word_code(data, PLAIN, classes=130).digest == classed.digest
+
+
+@pytest.mark.parametrize("classes", [1, 128, 262])
+def test_numbers_of_classes_that_cannot_be(prepared, classes):
+    with pytest.raises(
+        UsageError, match=f"cannot be made: {classes}.*a code needs 129 classes at least.*of 261.*give --classes 256"
+    ):
+        train_word_code(load_prepared(prepared), PLAIN, classes=classes)
 
 
 def test_without_scored_words_there_is_nothing_to_count(prepared):
@@ -69,4 +94,9 @@ def test_the_command_writes_the_lexicon_and_its_card(prepared, tmp_path):
     assert card["digest"] == coded.digest and card["entries_of"] == PLAIN.digest
     assert card["counted_on"]["passages"] == 10
     for kept in card["kept_by_budget"].values():
-        assert kept["words"] >= kept["words_at_16_bits_a_code"] and kept["bits_per_code"] < 16
+        assert kept["codes"] >= kept["codes_at_16_bits"] and kept["bits_per_code"] < 16
+    assert card["classes"] == 256 and isinstance(coded.code, ClassCode)
+    done = CliRunner().invoke(train, [*arguments, "--out", str(tmp_path / "alone.json.gz"), "--classes", "0"])
+    assert done.exit_code == 0, done.output
+    assert json.loads((tmp_path / "alone.card.json").read_text())["classes"] == 0
+    assert not isinstance(Lexicon.load(tmp_path / "alone.json.gz").code, ClassCode)

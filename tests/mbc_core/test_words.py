@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from mbc_core.errors import ModelError
 from mbc_core.lexicon import Lexicon
 from mbc_core.words import BRIDGED, OPENING_SHARE, choose_places, choose_words, keeping_order, split_words, word_worth
+from tests.mbc_core.class_lexicon import class_lexicon
 
 BYTES = Lexicon([])  # a code is a byte, a word costs its letters and one space
+CLASSED = [class_lexicon(seed) for seed in range(3)]  # a word's bits depend on the kept word before it
 
 
 def scores(*values: float) -> np.ndarray:
@@ -158,6 +160,54 @@ def test_choice_against_a_plain_loop(scored, budget):
     found = choose_words(words, scores(*(value for _, value in scored)), budget, BYTES)
     assert len(BYTES.pack(found.tolist())) <= 2 * budget
     assert BYTES.decode(found) == " ".join(words[place] for place in sorted(taken))
+
+
+SCORED = st.lists(st.tuples(st.text("abAB1", max_size=4), st.integers(0, 5)), max_size=14)
+
+
+def bits_together(lexicon, words, places) -> int:
+    """Bits of the words at ``places``, in text order, told code by code."""
+    codes = [code for place in sorted(places) for code in lexicon.encode_words([words[place]])[0]]
+    return sum(lexicon.code.after(before, one) for before, one in zip([None, *codes], codes, strict=False))
+
+
+@given(SCORED, st.integers(-1, 20), st.sampled_from(CLASSED))
+def test_choice_with_classes_against_packing_the_whole_choice_anew(scored, budget, lexicon):
+    words = [word for word, _ in scored]
+    given_scores = scores(*(value for _, value in scored))
+    costs = np.array(lexicon.costs(words), dtype=np.int64)
+    order, repetitions = keeping_order(words, word_worth(given_scores, costs), costs.tolist())
+    taken, all_had_room = set(), True
+    for place in order:
+        if bits_together(lexicon, words, taken | {place}) <= 16 * budget:
+            taken.add(place)
+        elif words[place]:
+            all_had_room = False
+    for place in repetitions if all_had_room else ():
+        if bits_together(lexicon, words, taken | {place}) <= 16 * budget:
+            taken.add(place)
+    found = choose_words(words, given_scores, budget, lexicon)
+    stored = lexicon.pack(found.tolist())
+    assert len(stored) <= 2 * max(budget, 0)
+    assert lexicon.read(stored) == " ".join(words[place] for place in sorted(taken) if words[place])
+
+
+def test_words_that_cost_less_together_leave_room_for_more():
+    """The opposite of what the costs by and large say may be had."""
+    lexicon = CLASSED[0]
+    singles = sorted(lexicon.code.after(None, code) for code in range(len(lexicon)))
+    pairs = [lexicon.code.after(0, code) for code in range(len(lexicon))]
+    assert singles != sorted(pairs), "or this lexicon would test nothing"
+    texts = [list(one) for one in itertools.product(["a", "b", "ab", "1"], repeat=3)]
+    spent = {bits_together(lexicon, words, range(3)) - sum(lexicon.costs(words)) for words in texts}
+    assert min(spent) < 0 < max(spent)
+
+
+@pytest.mark.parametrize("lexicon", [BYTES, CLASSED[1]])
+def test_empty_words_are_passed_over(lexicon):
+    words = ["", "ab", "", "b", ""]
+    assert lexicon.decode(choose_words(words, scores(5, 1, 4, 2, 3), 40, lexicon)) == "ab b"
+    assert choose_words(["", ""], scores(1, 2), 4, lexicon).tolist() == []
 
 
 @pytest.mark.parametrize("bad", [scores(1.0), scores(1.0, float("nan")), scores(1.0, 2.0).reshape(2, 1)])

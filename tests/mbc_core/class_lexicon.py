@@ -1,0 +1,32 @@
+"""Codes with few classes, whose neighbours matter a lot: for tests."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from mbc_core.class_code import ClassCode
+from mbc_core.lexicon import Lexicon
+from mbc_core.prefix_code import PrefixCode
+
+UNARY = (1, 2, 3, 4, 5, 6, 7, 8, 8)
+"""Lengths of nine classes; so uneven that after one class a class takes one bit, after another eight."""
+
+MERGES = [("Ġ", "a"), ("Ġa", "b"), ("Ġ", "b"), ("a", "b"), ("Ġ", "1")]
+
+
+def class_code(symbols: int, seed: int = 0) -> ClassCode:
+    """Nine classes of ``symbols`` ≥ 9; the last class has one member."""
+    draw = np.random.default_rng(seed)
+    classes = np.concatenate([np.arange(8), [8], np.arange(symbols - 9) % 8])
+    steps = [draw.permutation(UNARY).tolist() for _ in range(10)]
+    members = np.zeros(symbols, dtype=np.int64)
+    for one in range(8):
+        own = np.flatnonzero(classes == one)
+        if len(own) > 1:
+            members[own] = PrefixCode.from_counts(draw.random(len(own)) ** 4 + 1e-3, short=True).lengths
+    return ClassCode(classes.tolist(), steps, members.tolist(), np.rint(np.mean(steps, axis=0)).astype(int).tolist())
+
+
+def class_lexicon(seed: int = 0) -> Lexicon:
+    """Bytes and a few words made of a, b and 1; words of several codes are common."""
+    return Lexicon(MERGES, class_code(len(Lexicon(MERGES)), seed))
