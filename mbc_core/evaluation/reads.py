@@ -17,6 +17,8 @@ from mbc_core.reader.generate import answer_prompts
 from mbc_core.reader.language_model import LanguageModel
 from mbc_core.reader.prompt import MAX_PROMPT_TOKENS, PromptFormat
 from mbc_core.words import choose_words
+
+Choose = Callable[[Sequence[str], NDArray[np.float32], int, Lexicon], NDArray[np.uint16]]
 from schemas.results import EvalRow
 
 Kind = Literal["recall", "closed", "text", "right", "right_text", "shuffled"]
@@ -110,6 +112,7 @@ def evaluate_reads(
     max_tokens: int = MAX_PROMPT_TOKENS,
     batch_tokens: int = 16_384,
     seed: int = 0,
+    choose: Choose = choose_words,
     progress: Callable[[str], None] = lambda line: None,
 ) -> list[EvalRow]:
     """Answer every question in every way.
@@ -118,6 +121,7 @@ def evaluate_reads(
         search: finds passages by code.
         max_tokens: of a prompt; passages go, least score first, never the question.
         seed: of the bootstrap intervals and of the shuffled read.
+        choose: which words of a passage are kept: words, scores, budget, lexicon → codes.
         progress: told each row when it is done.
 
     Raises:
@@ -131,7 +135,7 @@ def evaluate_reads(
     recall_ms = 1e3 * (time.perf_counter() - began) / len(questions.questions)
     rows = []
     for read in reads:
-        memory, size = _memory(questions, read, found, search.bytes_per_passage, lexicon, seed)
+        memory, size = _memory(questions, read, found, search.bytes_per_passage, lexicon, seed, choose)
         prompts = [
             form.build(lines, question, max_tokens).ids
             for lines, question in zip(memory, questions.questions, strict=True)
@@ -158,7 +162,13 @@ def evaluate_reads(
 
 
 def _memory(
-    questions: ReadSet, read: Read, found: NDArray[np.int64], address_bytes: int, lexicon: Lexicon, seed: int
+    questions: ReadSet,
+    read: Read,
+    found: NDArray[np.int64],
+    address_bytes: int,
+    lexicon: Lexicon,
+    seed: int,
+    choose: Choose,
 ) -> tuple[list[list[str]], float]:
     """Memory lines of each question, and stored bytes a passage under this read."""
     total = len(questions.questions)
@@ -173,7 +183,7 @@ def _memory(
     else:
         lines, size = {}, 0.0
         for row in np.unique(rows).tolist():
-            codes = choose_words(questions.words[row], questions.scores[row], read.words, lexicon).tolist()
+            codes = choose(questions.words[row], questions.scores[row], read.words, lexicon).tolist()
             lines[row], size = lexicon.decode(codes), size + len(lexicon.pack(codes))
         size = address_bytes + size / max(1, len(lines))
     return [[lines[row] for row in chosen] for chosen in rows.tolist()], size
