@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from datetime import timedelta
 from pathlib import Path
 
@@ -14,6 +16,8 @@ from mbc_core.paper.config import PaperConfig
 from mbc_core.paper.vector_quantizer import VectorQuantizer
 
 STEPS, ROWS, TOKENS, WIDTH = 36, 8, 3, 8
+_PATIENCE = timedelta(minutes=15)
+"""How long a rank waits for the others: on a busy machine they may start minutes apart."""
 
 
 def global_batches() -> list[torch.Tensor]:
@@ -84,8 +88,10 @@ def train_model(rank: int, ranks: int, folder: str, settings: dict) -> None:
 
 def _join(rank: int, ranks: int, folder: str) -> None:
     torch.set_num_threads(1)
+    if sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # else gloo looks the host's name up, which may fail
     meeting = (Path(folder) / "meeting").as_uri()
-    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=ranks, timeout=timedelta(seconds=120))
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=ranks, timeout=_PATIENCE)
 
 
 def _leave() -> None:
