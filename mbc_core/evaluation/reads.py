@@ -17,9 +17,9 @@ from mbc_core.reader.generate import answer_prompts
 from mbc_core.reader.language_model import LanguageModel
 from mbc_core.reader.prompt import MAX_PROMPT_TOKENS, PromptFormat
 from mbc_core.words import choose_words
+from schemas.results import EvalRow
 
 Choose = Callable[[Sequence[str], NDArray[np.float32], int, Lexicon], NDArray[np.uint16]]
-from schemas.results import EvalRow
 
 Kind = Literal["recall", "closed", "text", "right", "right_text", "shuffled"]
 KINDS: tuple[Kind, ...] = ("recall", "closed", "text", "right", "right_text", "shuffled")
