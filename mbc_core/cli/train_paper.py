@@ -123,7 +123,16 @@ def paper_data_command(
 @click.option("--encoder-lr", type=float, default=5e-5, show_default=True)
 @click.option("--lora-lr", type=float, default=7e-4, show_default=True)
 @click.option("--codebook-lr", type=float, default=1e-3, show_default=True)
+@click.option(
+    "--burst", type=float, default=3.0, show_default=True,
+    help="Largest gradient norm of a part of the model, in its own usual norms; 0: one common limit for all parts.",
+)  # fmt: skip
+@click.option("--beta2", type=click.FloatRange(0, 1, max_open=True), default=0.98, show_default=True, help="Of Adam.")
 @click.option("--warm-up", type=click.IntRange(0), default=100, show_default=True, help="Steps.")
+@click.option(
+    "--cool-down", type=click.FloatRange(0, 1, max_open=True), default=0.2, show_default=True,
+    help="Share of the run over which the learning rates fall to zero.",
+)  # fmt: skip
 @click.option("--look-every", type=click.IntRange(1), default=200, show_default=True, help="Steps.")
 @click.option(
     "--flat", type=float, default=0.002, show_default=True,

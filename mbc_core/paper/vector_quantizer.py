@@ -122,10 +122,9 @@ class VectorQuantizer(nn.Module):
         with torch.autocast(z.device.type, enabled=False):
             every, start = gather_rows(z) if self.training else (z.detach(), 0)
             if self.config.standardize:
-                # What all passages share is taken out of the gradient too, or it would drift without end.
                 scale = self._learn_scale(every) if self.training else self._scale()
                 every = _scaled(every, scale)
-                z = _scaled(z - (z.mean(0) - z.mean(0).detach()) if self.training else z, scale)
+                z = _scaled(_without_shared_gradient(z, scale[0]) if self.training else z, scale)
             if self.config.quantize:
                 return self._quantize(z, every, start)
             zero = z.new_zeros(())
@@ -252,6 +251,23 @@ class VectorQuantizer(nn.Module):
 def _scaled(z: Tensor, scale: tuple[Tensor, Tensor]) -> Tensor:
     mean, variance = scale
     return (z - mean) / (variance + _SMALLEST_VARIANCE).sqrt()
+
+
+def _without_shared_gradient(z: Tensor, mean: Tensor) -> Tensor:
+    """z [B, T, d_c] in value; in gradient without what moves, or widens, all passages alike.
+
+    Standardizing takes both away, so nothing would ever hold them. The mean drifts; and L_vq pulls every z towards its
+    codeword, which narrows z, and standardized z is as wide as before, so it goes on: in 150 steps of L_vq alone the
+    deviation fell from 0.26 to 0.003, and gradients, divided by it, grew as much.
+
+    Args:
+        mean: [T, d_c], constant.
+    """
+    shared = z.mean(0)
+    apart = z - (shared - shared.detach()) - mean
+    width = (apart.square().mean(0) + _SMALLEST_VARIANCE).sqrt()
+    moved = apart * (width.detach() / width)
+    return z.detach() + (moved - moved.detach())
 
 
 def perplexity(counts: Tensor) -> Tensor:

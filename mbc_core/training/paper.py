@@ -11,15 +11,17 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from mbc_core.errors import UsageError
 from mbc_core.paper.model import PaperModel
 from mbc_core.training.paper_batches import Draw, OnDevice
+from mbc_core.training.paper_bursts import BurstClip
 from mbc_core.training.paper_checkpoint import PaperProgress, load_checkpoint, save_checkpoint
 from mbc_core.training.paper_data import PaperData
 from mbc_core.training.paper_layers import LayerLoop
@@ -66,8 +68,9 @@ class PaperTrainer:
         self.alone = _held_out_draw(data, run, 1)
         self.parameters = model.learned_parameters()
         self.optimizer = torch.optim.AdamW(
-            parameter_groups(self.parameters, run), lr=run.lr, fused=self.device.type == "cuda"
+            parameter_groups(self.parameters, run), lr=run.lr, betas=(0.9, run.beta2), fused=self.device.type == "cuda"
         )
+        self.bursts = BurstClip(self.parameters, run.clip, run.burst, self.device)
         if model.quantizer is not None:
             model.quantizer.watch(self.optimizer)
         self._calibrating = _some_passages(data, run.seed)
@@ -75,14 +78,16 @@ class PaperTrainer:
         lm, wanted = model.language_model.model, run.compile_layers and self.device.type == "cuda"
         self.layers = LayerLoop(lm, compiled=True) if wanted and LayerLoop.fits(lm) else None
         self._since: dict[str, Tensor] = {}
+        self._highest: Tensor | None = None
 
     @property
     def buffers(self) -> dict[str, Tensor]:
-        """What the codebook remembers beside its words, and the words themselves where no optimizer moves them."""
+        """What clipping and the codebook remember, and the codewords themselves where no optimizer moves them."""
         quantizer = self.model.quantizer
+        found = {"bursts.usual": self.bursts.usual}
         if quantizer is None:
-            return {}
-        found = {f"quantizer.{name}": one for name, one in quantizer.named_buffers()}
+            return found
+        found |= {f"quantizer.{name}": one for name, one in quantizer.named_buffers()}
         if _CODEBOOK not in self.parameters:
             found[_CODEBOOK] = quantizer.codebook.data
         return found
@@ -100,9 +105,9 @@ class PaperTrainer:
         # Gradients are averaged over ranks: each rank's share of the sum counts once.
         total = answer * self.ranks.count + self.model.config.lambda_vq * losses.vq
         torch.autograd.backward(total)
-        self._update()
+        norms, cut = self._update()
         progress.step += 1
-        self._note(answer.detach(), losses)
+        self._note(answer.detach(), losses, norms, cut)
 
     def look(self) -> dict[str, float | int]:
         """Held-out loss a token with the right bank and with another one, codes used, their perplexity, and the
@@ -157,19 +162,22 @@ class PaperTrainer:
         self.progress = found or self.progress
         return found is not None
 
-    def _update(self) -> None:
+    def _update(self) -> tuple[Tensor, Tensor]:
+        """Norms and bursts as :meth:`BurstClip.clip` tells them."""
         share = pace(self.progress, self.run)
         for group in self.optimizer.param_groups:
             group["lr"] = group["highest"] * share
         moving = {name: one for name, one in self.parameters.items() if one.grad is not None}
         self.ranks.average([one.grad for name, one in moving.items() if name != _CODEBOOK])
-        nn.utils.clip_grad_norm_(list(moving.values()), self.run.clip, foreach=True)
+        told = self.bursts.clip()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        return told
 
-    def _note(self, answer: Tensor, losses: Losses) -> None:
+    def _note(self, answer: Tensor, losses: Losses, norms: Tensor, cut: Tensor) -> None:
         """Add what this step saw to the sums since the last look, on the device."""
-        seen = {"loss": answer * self.ranks.count, "vq": losses.vq.detach()}
+        seen = {"loss": answer * self.ranks.count, "vq": losses.vq.detach(), "norm": norms, "bursts": cut}
+        self._highest = norms if self._highest is None else torch.maximum(self._highest, norms)
         if losses.quantized is not None:
             seen |= {"perplexity": losses.quantized.perplexity, "used": losses.quantized.used}
         seen["steps"] = torch.ones((), device=self.device)
@@ -180,11 +188,13 @@ class PaperTrainer:
         """Means of :meth:`_note` since the last look."""
         if not self._since:
             return {}
-        names = list(self._since)
-        values = dict(zip(names, torch.stack([self._since[name] for name in names]).tolist(), strict=True))
-        steps = values.pop("steps")
-        self._since = {}
-        found: dict[str, float | int] = {name: value / steps for name, value in values.items()}
+        sums: dict[str, Any] = {name: one.tolist() for name, one in self._since.items()}
+        steps, norms, cut = sums.pop("steps"), sums.pop("norm"), sums.pop("bursts")
+        highest = norms if self._highest is None else self._highest.tolist()
+        self._since, self._highest = {}, None
+        found: dict[str, float | int] = {name: value / steps for name, value in sums.items()}
+        for part, norm, peak, bursts in zip(self.bursts.parts, norms, highest, cut, strict=True):
+            found |= {f"norm_{part}": norm / steps, f"peak_{part}": peak, f"bursts_{part}": int(bursts)}
         return found if self.model.quantizer is None else found | {"resets": int(self.model.quantizer.resets)}
 
     def _autocast(self) -> torch.autocast:

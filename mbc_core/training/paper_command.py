@@ -75,7 +75,10 @@ class PaperOptions:
     encoder_lr: float
     lora_lr: float
     codebook_lr: float
+    burst: float
+    beta2: float
     warm_up: int
+    cool_down: float
     look_every: int
     flat: float
     precision: str
@@ -111,7 +114,10 @@ class PaperOptions:
             encoder_lr=self.encoder_lr,
             lora_lr=self.lora_lr,
             codebook_lr=self.codebook_lr,
+            burst=self.burst or None,
+            beta2=self.beta2,
             warm_up=self.warm_up,
+            cool_down=self.cool_down,
             look_every=self.look_every,
             flat=self.flat or None,
             closed=self.closed,

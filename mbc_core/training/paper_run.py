@@ -28,6 +28,10 @@ class PaperRun:
         max_tokens: most tokens of a question with its answer.
         lr, encoder_lr, lora_lr, codebook_lr: highest learning rates of the new parts, of a fine-tuned sentence encoder,
             of KV-LoRA and of a codebook that learns by gradient.
+        clip: largest gradient norm, of each part of the model (amortizer, aggregator, prefix …).
+        burst: largest gradient norm of a part in its own usual norms; None: ``clip`` is one norm for all parts, as in
+            the paper. Then a long run of learned codes was thrown back (see ``paper_bursts``).
+        beta2: of Adam, the decay of the mean square that gradients are measured by.
         warm_up: steps until the learning rate is at its highest; it then stays there.
         cool_down: share of the run over which it falls to zero at the end.
         look_every: steps between two looks at the held-out loss.
@@ -54,6 +58,8 @@ class PaperRun:
     codebook_lr: float = 1e-3
     weight_decay: float = 0.01
     clip: float = 1.0
+    burst: float | None = 3.0
+    beta2: float = 0.98
     warm_up: int = 100
     cool_down: float = 0.2
     look_every: int = 200

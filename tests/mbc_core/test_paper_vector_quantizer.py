@@ -374,3 +374,31 @@ def test_standardized_vectors_as_typed_out_and_a_passage_never_depends_on_its_ne
     assert all(torch.equal(value, before[name]) for name, value in made.state_dict().items())
     made.set_scale(torch.tensor([[10.0], [3.0]]), torch.tensor([[104.0], [9.25]]))
     assert made.standardized(z).flatten().tolist() == pytest.approx([1.0, 0.5], abs=1e-4)
+
+
+def test_the_gradient_of_standardized_vectors_is_batch_normalizations():
+    torch.manual_seed(5)
+    made = VectorQuantizer(PaperConfig(tokens=3, codewords=8, code_width=4, standardize=True, quantize=False)).train()
+    z = (torch.randn(6, 3, 4) * torch.rand(3, 4) + torch.randn(3, 4)).requires_grad_()
+    weights = torch.randn(6, 3, 4)
+    found = made(z).vectors
+    wanted = functional.batch_norm(z.flatten(1), None, None, training=True, eps=1e-6).view_as(z)
+    assert torch.allclose(found, wanted, atol=1e-5)
+    (own,) = torch.autograd.grad((found * weights).sum(), z)
+    (other,) = torch.autograd.grad((wanted * weights).sum(), z)
+    assert torch.allclose(own, other, atol=1e-4) and other.abs().max() > 0.1
+
+
+def test_commitment_does_not_narrow_standardized_vectors():
+    torch.manual_seed(6)
+    made = VectorQuantizer(
+        PaperConfig(tokens=2, codewords=8, code_width=4, standardize=True, codebook_by="ema", usage_decay=0.9)
+    ).train()
+    z = torch.nn.Parameter(torch.randn(64, 2, 4))
+    before = z.detach().std(0)
+    optimizer = torch.optim.Adam([z], lr=2e-2)
+    for _ in range(150):
+        optimizer.zero_grad()
+        made(z).loss.backward()
+        optimizer.step()
+    assert (z.detach().std(0) > 0.7 * before).all()

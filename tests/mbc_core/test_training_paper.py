@@ -297,6 +297,16 @@ def test_standardized_codes_are_calibrated_before_every_look_and_at_the_end(made
     assert torch.equal(held, learner.model.quantizer.z_mean)
 
 
+def test_a_look_tells_each_parts_gradient_norms_and_bursts(made, tmp_path):
+    learner = trainer(made)
+    train_paper(learner, tmp_path)
+    line = read_curve(tmp_path)[-1]
+    assert set(learner.bursts.parts) == {"amortizer", "quantizer", "question", "aggregator", "prefix", "kv_lora"}
+    for part in learner.bursts.parts:
+        assert 0 <= line[f"norm_{part}"] <= line[f"peak_{part}"] + 1e-6 and line[f"bursts_{part}"] == 0
+    assert line["peak_prefix"] > 0 and learner.optimizer.param_groups[0]["betas"] == (0.9, RUN.beta2)
+
+
 def test_forbidden_sources_are_refused_by_name(made):
     tokens = replace(made[0], told={**made[0].told, "sources": {"race": 3, "towns": 4}})
     with pytest.raises(UsageError, match="race"):
