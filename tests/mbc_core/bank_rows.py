@@ -127,7 +127,8 @@ def make_slice(
 
 
 def numbered(start: int, count: int, content: str = "text") -> list[tuple[str, str]]:
-    return [(f"d{number:04d}", f"{content} of d{number:04d}") for number in range(start, start + count)]
+    # No id is hexadecimal: file names are, at random, and traces of forgotten ids are looked for in all files.
+    return [(f"x{number:04d}", f"{content} of x{number:04d}") for number in range(start, start + count)]
 
 
 def shown(bank: Bank) -> list[tuple[str, int]]:

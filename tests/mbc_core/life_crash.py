@@ -20,7 +20,7 @@ from mbc_core.bank import Bank
 from mbc_core.bank.compact import compact
 from mbc_core.bank.forget import forget
 
-GONE = "d0004"
+GONE = "x0004"
 
 
 def work(what: str, bank: Bank) -> dict:

@@ -38,7 +38,7 @@ def test_a_slice_is_added_once_whatever_is_repeated(bank):
     versions = {table: bank.table(table).version() for table in ("codes", "documents", "replay", "ledger")}
     assert commit_slice(bank, rows, "run", "0") is False
     assert {table: bank.table(table).version() for table in versions} == versions
-    assert shown(bank) == [(f"d{number:04d}", passage) for number in range(5) for passage in range(2)]
+    assert shown(bank) == [(f"x{number:04d}", passage) for number in range(5) for passage in range(2)]
     assert finished_slices(bank, "run") == {"0"}
     assert finished_slices(bank, "another") == set()
 
@@ -166,7 +166,7 @@ def test_a_second_ingest_into_the_same_window_overwrites_nothing(bank):
     paths = set(bank.files("codes"))
     commit_slice(bank, make_slice("second", "0", numbered(3, 3)), "second", "0")
     assert paths < set(bank.files("codes"))
-    assert [doc_id for doc_id, _ in shown(bank)] == [f"d{number:04d}" for number in range(6)]
+    assert [doc_id for doc_id, _ in shown(bank)] == [f"x{number:04d}" for number in range(6)]
 
 
 def test_added_at_grows_even_when_the_clock_steps_back(bank, monkeypatch):
@@ -187,7 +187,7 @@ def test_commits_are_remembered_past_a_checkpoint(bank):
     assert list((Path(bank.uri) / "codes" / "_delta_log").glob("*.checkpoint.parquet"))
     assert not commit_slice(bank, rows, "run", "0")
     assert not commit_files(bank, "codes", [], "filler/0")
-    assert shown(bank) == [("d0000", 0)]
+    assert shown(bank) == [("x0000", 0)]
 
 
 def test_a_vanished_or_changed_file_is_not_committed(bank):
@@ -279,7 +279,7 @@ def test_processes_that_commit_at_once(bank):
         start = time.time() + 3
         won = list(pool.map(_add_in_process, *zip(*[(bank.uri, start, *job) for job in jobs], strict=True)))
     assert sorted(won[:2]) == [False, True] and sorted(won[2:]) == [False, True]
-    assert shown(bank) == [(f"d{number:04d}", 0) for number in range(40)]
+    assert shown(bank) == [(f"x{number:04d}", 0) for number in range(40)]
     assert sorted(bank.read("ledger")["slice"].to_pylist()) == ["0", "1"]
     found = bank.inspect(verify=True)
     assert (found["documents"], found["dead_letters"], found["problems"]) == (40, 2, [])

@@ -139,7 +139,7 @@ def test_a_rerun_of_an_interrupted_slice_does_not_count_on_rows_that_were_compac
     add_and_die(bank, monkeypatch, before="codes")
     if whole:
         compact(bank, history=0, safe_age=0)
-        assert not {key_of("d0050")} & set(bank.read("documents")["key"].to_pylist())
+        assert not {key_of("x0050")} & set(bank.read("documents")["key"].to_pylist())
     else:  # the compaction died too, after it had merged documents
         now = time.time_ns() // 1000
         rule = compact_module._drop_rule(bank, "documents", now, now)
@@ -245,7 +245,7 @@ def test_a_moment_has_the_codebook_of_then(bank):
     add(bank, "newer", numbered(0, 3, "newer"), passages=2, version=1)
     for _ in range(2):
         now = {(row["doc_id"], row["codebook_version"]) for row in bank.passages().to_pylist()}
-        assert {version for doc_id, version in now if doc_id in ("d0000", "d0001", "d0002")} == {1}
+        assert {version for doc_id, version in now if doc_id in ("x0000", "x0001", "x0002")} == {1}
         assert bank.passages(before).to_pylist() == want and {row["codebook_version"] for row in want} == {0}
         compact(bank, history=3600)
 

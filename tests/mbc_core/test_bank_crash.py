@@ -17,7 +17,7 @@ from mbc_core.bank import Bank, commit_slice, finished_slices
 
 MOST_STEPS = 25
 OLD = [("old", 0)]
-NEW = sorted((f"d{number:04d}", passage) for number in range(6) for passage in range(2))
+NEW = sorted((f"x{number:04d}", passage) for number in range(6) for passage in range(2))
 
 
 @pytest.fixture(scope="module")

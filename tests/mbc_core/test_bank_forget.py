@@ -24,7 +24,7 @@ from mbc_core.bank.tombstones import Tombstones, load_tombstones, read_tombstone
 from mbc_core.codebook.statistics import BatchStatistics
 from mbc_core.errors import DamagedFile, UsageError
 
-GONE = "d0004"
+GONE = "x0004"
 KEY = key_of(GONE)
 
 
@@ -114,9 +114,9 @@ def test_counts_and_receipts_over_several_calls(bank):
     assert receipt["removed"] == {"codes": 2, "documents": 1, "replay": 1, "dead_letter": 0, "statistics": 0}
     again = forget(bank, [GONE, "nobody"])
     assert again == {"forgotten": 0, "not_found": 2, "receipt": first["receipt"]}
-    more = forget(bank, [GONE, "d0005"])
+    more = forget(bank, [GONE, "x0005"])
     assert (more["forgotten"], more["not_found"]) == (1, 1) and more["receipt"] != first["receipt"]
-    assert shown(bank) == sorted((f"d{n:04d}", p) for n in range(9) for p in range(2) if n not in (4, 5))
+    assert shown(bank) == sorted((f"x{n:04d}", p) for n in range(9) for p in range(2) if n not in (4, 5))
     assert unfinished(bank) == []
 
 
@@ -127,7 +127,7 @@ def test_an_interrupted_run_is_taken_up_with_its_first_moment(bank, monkeypatch)
         forget(bank, [GONE])
     monkeypatch.undo()
     (path,) = unfinished(bank)
-    result = forget(bank, ["d0005", GONE])
+    result = forget(bank, ["x0005", GONE])
     assert (result["forgotten"], result["not_found"]) == (2, 0)
     assert unfinished(bank) == [] and not bank.storage.exists(path), "its file was taken over"
     (path,) = tombstone_files(bank)
@@ -259,7 +259,7 @@ def test_a_missing_file_is_still_an_error(bank):
 
 def test_as_of_reads_of_other_documents_stay_the_same(bank):
     moments = sorted(set(bank.read("codes")["added_at"].cast(pa.int64()).to_pylist()))
-    add(bank, "again", [("d0001", "changed"), (GONE, "changed")], passages=1)
+    add(bank, "again", [("x0001", "changed"), (GONE, "changed")], passages=1)
     want = {one: [row for row in bank.passages(one).to_pylist() if row["doc_id"] != GONE] for one in (*moments, None)}
     forget(bank, [GONE])
     assert {one: bank.passages(one).to_pylist() for one in want} == want

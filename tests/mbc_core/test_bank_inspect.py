@@ -30,7 +30,7 @@ class Numbers:
 def bank(tmp_path: Path) -> Bank:
     bank = make_bank(tmp_path / "bank")
     commit_slice(bank, make_slice("one", "0", numbered(0, 5), passages=2, dead=3), "one", "0")
-    commit_slice(bank, make_slice("two", "0", [("d0000", "revised"), ("new", "text")], day=2), "two", "0")
+    commit_slice(bank, make_slice("two", "0", [("x0000", "revised"), ("new", "text")], day=2), "two", "0")
     return bank
 
 

@@ -19,7 +19,7 @@ from traces import Planted, traces
 from mbc_core.bank import Bank, commit_slice
 from mbc_core.bank.forget import unfinished
 
-OTHERS = sorted((f"d{number:04d}", passage) for number in range(9) for passage in range(2) if number != 4)
+OTHERS = sorted((f"x{number:04d}", passage) for number in range(9) for passage in range(2) if number != 4)
 EVERYBODY = sorted([*OTHERS, (GONE, 0), (GONE, 1)])
 
 
@@ -28,12 +28,12 @@ def template(folder: Path) -> Bank:
     for number in range(3):
         documents = numbered(3 * number, 3)
         commit_slice(bank, make_slice(f"r{number}", "0", documents, passages=2, dead=1), f"r{number}", "0")
-    commit_slice(bank, make_slice("again", "0", [(GONE, "other words of d0004")], passages=2), "again", "0")
+    commit_slice(bank, make_slice("again", "0", [(GONE, "other words of x0004")], passages=2), "again", "0")
     return bank
 
 
 def wanted(bank: Bank) -> Planted:
-    found = Planted(GONE, ["About d0004", "What of d0004?", "text of d0004", "other words"])
+    found = Planted(GONE, ["About x0004", "What of x0004?", "text of x0004", "other words"])
     found.learn(bank)
     return found
 

@@ -52,7 +52,7 @@ def test_a_document_that_another_run_added_meanwhile_becomes_a_duplicate(bank, a
     commit_slice(bank, make_slice("two", "0", numbered(3, 4), passages=2), "two", "0", judged=judged)
     assert commit_slice(bank, files, "one", "0", slice_id=begun, judged=judged) is True
     assert shown(bank) == [(doc_id, passage) for doc_id, _ in numbered(0, 7) for passage in range(2)]
-    assert [versions_of(bank, f"d{number:04d}") for number in (0, 3, 4, 6)] == [2, 2, 2, 2]
+    assert [versions_of(bank, f"x{number:04d}") for number in (0, 3, 4, 6)] == [2, 2, 2, 2]
     assert (counts(bank, "one"), counts(bank, "two")) == ((3, 2, 6), (4, 0, 8))
     assert bank.inspect(verify=True)["problems"] == []
     assert finished_slices(bank, "one") == {"0"}
@@ -66,8 +66,8 @@ def test_another_content_added_meanwhile_makes_a_revision_that_comes_after_it(ba
     commit_slice(bank, make_slice("two", "0", numbered(0, 1, "theirs")), "two", "0")
     commit_slice(bank, files, "one", "0", slice_id=begun, judged=judged)
     assert counts(bank, "one") == (2, 0, 2)
-    assert {row["answer"] for row in bank.replay().to_pylist()} == {"mine of d0000", "mine of d0001"}
-    assert versions_of(bank, "d0000") == 2
+    assert {row["answer"] for row in bank.replay().to_pylist()} == {"mine of x0000", "mine of x0001"}
+    assert versions_of(bank, "x0000") == 2
     assert len(set(bank.read("codes")["added_at"].to_pylist())) == 2, "each revision has a moment of its own"
     assert bank.inspect(verify=True)["problems"] == []
 
@@ -80,7 +80,7 @@ def test_the_same_moment_on_two_machines_shows_no_passage_twice(bank, monkeypatc
     assert begun.added_at == other.added_at
     commit_slice(bank, theirs, "two", "0", slice_id=other, judged=judged)
     commit_slice(bank, files, "one", "0", slice_id=begun, judged=judged)
-    assert shown(bank) == [("d0000", 0), ("d0001", 0)]
+    assert shown(bank) == [("x0000", 0), ("x0001", 0)]
 
 
 def test_dead_letters_and_counts_go_along(bank):

@@ -199,7 +199,7 @@ def test_expired_rows_and_their_files_are_really_gone_after_compact(bank):
     kept = bank.read("replay")
     assert set(kept["window"].to_pylist()) == {window(1)} and not set(old) & set(files(bank))
     stored = b"".join(bank.storage.read_bytes(path) for path in files(bank))
-    assert b"What of d0000?" not in stored
+    assert b"What of x0000?" not in stored
     assert bank.passages().num_rows == 5, "documents stay"
 
 
@@ -227,8 +227,8 @@ def test_after_a_revision_and_compact_nothing_that_was_out_comes_in(bank):
 
 def test_forget_takes_the_questions_too(bank):
     add(bank, "one", numbered(0, 3))
-    bank.forget(["d0001"])
-    assert asked(bank) == ["What of d0000?", "What of d0002?"]
+    bank.forget(["x0001"])
+    assert asked(bank) == ["What of x0000?", "What of x0002?"]
     assert bank.read("replay").num_rows == 2
 
 

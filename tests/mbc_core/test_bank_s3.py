@@ -117,14 +117,14 @@ def test_compact_and_forget_on_s3(place):
     assert (result["merged"], result["swept"]) == (5 + 5 + 5 + 4 + 5, 0)
     assert len(bank.files("codes")) == 1
     assert (bank.passages().to_pylist(), bank.passages(first).to_pylist()) == (before, then)
-    told = bank.forget(["d0004", "nobody"])
+    told = bank.forget(["x0004", "nobody"])
     assert (told["forgotten"], told["not_found"]) == (1, 1)
-    key = str(key_of("d0004")).encode()
+    key = str(key_of("x0004")).encode()
     for one in bank.storage.list():
         data = bank.storage.read_bytes(one.path)
-        assert b"d0004" not in data and key not in data, one.path
-    assert {name for name, _ in shown(bank)} == {f"d{number:04d}" for number in range(12) if number != 4}
+        assert b"x0004" not in data and key not in data, one.path
+    assert {name for name, _ in shown(bank)} == {f"x{number:04d}" for number in range(12) if number != 4}
     commit_slice(bank, make_slice("back", "0", numbered(4, 1)), "back", "0")
-    assert "d0004" not in {name for name, _ in shown(bank)}
+    assert "x0004" not in {name for name, _ in shown(bank)}
     assert bank.inspect(verify=True)["problems"] == []
     assert json.loads(bank.storage.read_bytes(told["receipt"].removeprefix(f"{bank.uri}/")))["forgotten"] == 1

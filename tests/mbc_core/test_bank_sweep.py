@@ -19,7 +19,7 @@ from mbc_core.bank.forget import forget
 from mbc_core.bank.sweep import delete_older, unreferenced
 from mbc_core.codebook.statistics import BatchStatistics
 
-GONE = "d0001"
+GONE = "x0001"
 HOUR = 3600.0
 
 
@@ -104,7 +104,7 @@ def test_a_commit_whose_answer_was_lost_is_found_in_the_log(bank, monkeypatch, w
     work(bank)
     assert len(lost) == 3
     names = {name for name, _ in shown(bank)}
-    assert names == {f"d{number:04d}" for number in range(6)} - ({GONE} if work is not compact else set())
+    assert names == {f"x{number:04d}" for number in range(6)} - ({GONE} if work is not compact else set())
     assert bank.inspect(verify=True)["problems"] == []
 
 

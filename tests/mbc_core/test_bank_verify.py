@@ -49,7 +49,7 @@ def bank(tmp_path: Path) -> Bank:
     bank = make_bank(tmp_path / "bank")
     path = save_statistics(bank, "one", "0", window(0), statistics())
     commit_slice(bank, make_slice("one", "0", numbered(0, 5), passages=2, dead=3, statistics=path), "one", "0")
-    commit_slice(bank, make_slice("two", "0", [("d0000", "revised"), ("new", "text")], day=2), "two", "0")
+    commit_slice(bank, make_slice("two", "0", [("x0000", "revised"), ("new", "text")], day=2), "two", "0")
     register_codebook(bank, next_codebook(), ingest_id="two", slice_name="0")
     files = {"adapter_model.safetensors": b"weights", "adapter_config.json": b"{}"}
     registry = AdapterRegistry(bank)
@@ -294,7 +294,7 @@ def test_dead_letters_that_the_ledger_counts_and_the_table_lacks(bank):
 
 
 def test_a_forgotten_document_that_is_still_there(bank):
-    write_tombstones(bank, [(tombstone_of(key_of("d0001"), bank.manifest.salt), None)], 1_800_000_000_000_000)
+    write_tombstones(bank, [(tombstone_of(key_of("x0001"), bank.manifest.salt), None)], 1_800_000_000_000_000)
     one_problem(bank, f"2 rows of {root(bank)}/codes belong to forgotten documents", "Fix: run `mbc forget`")
     one_problem(bank, f"1 rows of {root(bank)}/documents belong to forgotten documents")
     one_problem(bank, f"1 rows of {root(bank)}/replay belong to forgotten documents")

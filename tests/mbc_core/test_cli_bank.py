@@ -139,7 +139,7 @@ def test_export_to_standard_output(bank, monkeypatch):
     monkeypatch.setattr(sys, "stdout", stream)
     assert run(cli, ["export", "--bank", bank.uri]) == 0
     lines = stream.buffer.getvalue().decode("utf-8").splitlines()
-    assert {json.loads(line)["doc_id"] for line in lines} == {f"d{number:04d}" for number in range(5)}
+    assert {json.loads(line)["doc_id"] for line in lines} == {f"x{number:04d}" for number in range(5)}
 
 
 def test_a_reader_that_goes_away_ends_the_export_quietly(bank):

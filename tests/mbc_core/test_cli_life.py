@@ -24,32 +24,32 @@ def bank(tmp_path: Path) -> Bank:
 
 
 def test_forget_prints_one_object(bank, capsys):
-    assert run(cli, ["forget", "d0001", "nobody", "--bank", bank.uri, "--json"]) == 0
+    assert run(cli, ["forget", "x0001", "nobody", "--bank", bank.uri, "--json"]) == 0
     out, err = capsys.readouterr()
     found = json.loads(out)
     assert set(found) == set(results.ForgetResult.__annotations__) and err == ""
     assert (found["forgotten"], found["not_found"]) == (1, 1) and Path(found["receipt"]).is_file()
-    assert "d0001" not in {name for name, _ in shown(bank)}
+    assert "x0001" not in {name for name, _ in shown(bank)}
 
 
 def test_forget_for_people(bank, capsys):
-    assert run(cli, ["forget", "d0001", "nobody", "--bank", bank.uri]) == 0
+    assert run(cli, ["forget", "x0001", "nobody", "--bank", bank.uri]) == 0
     out, err = capsys.readouterr()
     assert out.startswith("1 documents forgotten, 1 not found\nreceipt ") and bank.uri in out
     assert "rewriting codes" in err and "refused from now on" in err
-    assert "d0001" not in out + err
-    assert run(cli, ["forget", "d0001", "--bank", bank.uri]) == 0, "once more is no error"
+    assert "x0001" not in out + err
+    assert run(cli, ["forget", "x0001", "--bank", bank.uri]) == 0, "once more is no error"
 
 
 @pytest.mark.parametrize("given", ["file", "-"])
 def test_ids_from_a_file(bank, tmp_path, monkeypatch, capsys, given):
-    text = 'd0001\n\n{"id": "d0002"}\n{"doc_id": "d0003"}\n{odd\n'
+    text = 'x0001\n\n{"id": "x0002"}\n{"doc_id": "x0003"}\n{odd\n'
     if given == "-":
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
     else:
         (tmp_path / "file").write_text(text)
         given = str(tmp_path / "file")
-    assert run(cli, ["forget", "d0008", "--ids-file", given, "--bank", bank.uri, "--json"]) == 0
+    assert run(cli, ["forget", "x0008", "--ids-file", given, "--bank", bank.uri, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["forgotten"], found["not_found"]) == (4, 1)
 
@@ -73,7 +73,7 @@ def test_ids_from_a_file_of_another_system(tmp_path):
 )
 def test_wrong_use_of_forget(bank, tmp_path, monkeypatch, capsys, words, told):
     monkeypatch.chdir(tmp_path)
-    Path("bad").write_text('{"name": "d0001"}\n')
+    Path("bad").write_text('{"name": "x0001"}\n')
     Path("latin").write_bytes("é\n".encode("latin-1"))
     assert run(cli, ["forget", *words, "--bank", bank.uri]) == 2
     out, err = capsys.readouterr()
