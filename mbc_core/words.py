@@ -146,6 +146,7 @@ def choose_places(
         opening, bridged: as for :func:`keeping_order`; 0 and 0 take the words worth most and nothing else.
     """
     taken: list[int] = []
+    told = price or (lambda before, place, after: costs[place])
     order, repetitions = keeping_order(words, worth, costs, opening=opening, bridged=bridged)
 
     def take(places: Sequence[int]) -> bool:
@@ -155,10 +156,7 @@ def choose_places(
         for place in places:
             if not costs[place]:  # an empty word: there is nothing to keep, and no code beside which to price others
                 continue
-            at = bisect_left(taken, place)
-            before = taken[at - 1] if at else None
-            after = taken[at] if at < len(taken) else None
-            added = costs[place] if price is None else price(before, place, after)
+            at, added = added_bits(taken, place, told)
             if added <= room:
                 taken.insert(at, place)
                 room -= added
@@ -169,6 +167,12 @@ def choose_places(
     if take(order):
         take(repetitions)
     return taken
+
+
+def added_bits(kept: Sequence[int], place: int, price: Price) -> tuple[int, int]:
+    """Where ``place`` belongs among the ``kept`` places, ascending, and the bits that it adds there."""
+    at = bisect_left(kept, place)
+    return at, price(kept[at - 1] if at else None, place, kept[at] if at < len(kept) else None)
 
 
 def keeping_order(

@@ -7,7 +7,6 @@ resumed run goes on with the very same samples.
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -21,7 +20,7 @@ from mbc_core.lexicon import Lexicon
 from mbc_core.reader.prompt import PromptFormat
 from mbc_core.training.batches import Composed, Int64, Ragged, spread
 from mbc_core.training.prepared import Prepared
-from mbc_core.words import Price, budget_bits, keeping_order, word_worth
+from mbc_core.words import Price, added_bits, budget_bits, keeping_order, word_worth
 
 Int32 = NDArray[np.int32]
 Cloze: TypeAlias = tuple[str, str, int]
@@ -313,9 +312,9 @@ def _spent(places: Sequence[int], price: Price, most: int) -> list[int]:
     bits = 0
     spent: list[int] = []
     for place in places:
-        at = bisect_left(kept, place)
-        bits += price(kept[at - 1] if at else None, place, kept[at] if at < len(kept) else None)
+        at, added = added_bits(kept, place, price)
         kept.insert(at, place)
+        bits += added
         spent.append(max(bits, spent[-1]) if spent else bits)
         if spent[-1] > most:
             spent.pop()
