@@ -168,7 +168,7 @@ class ClassCode:
         return cls(of.tolist(), steps.tolist(), members.tolist(), usual.tolist())
 
 
-def sequence_bits(code: ClassCode, symbols: Sequence[int]) -> int:
+def sequence_bits(code: ClassCode | PrefixCode, symbols: Sequence[int]) -> int:
     """Bits of ``symbols``, before filling."""
     return sum(code.after(before, symbol) for before, symbol in zip([None, *symbols], symbols, strict=False))
 

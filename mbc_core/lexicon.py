@@ -121,10 +121,18 @@ class Lexicon:
             bits added by keeping the word at a place, between two kept ones (None: there is none on that side). Added
             up over the words kept, in whatever order they came, they are the bits that :meth:`pack` fills to bytes.
         """
-        if isinstance(self.code, ClassCode):
-            return _price_between(self.code, codes)
-        alone = [sum(self._bits[code] for code in own) for own in codes]
-        return lambda before, place, after: alone[place]
+        code = self.code
+        inside = [sum(code.after(*pair) for pair in pairwise(own)) for own in codes]
+
+        def added(before: int | None, place: int, after: int | None) -> int:
+            own = codes[place]
+            left = None if before is None else codes[before][-1]
+            bits = inside[place] + code.after(left, own[0])
+            if after is not None:
+                bits += code.after(own[-1], codes[after][0]) - code.after(left, codes[after][0])
+            return bits
+
+        return added
 
     def pack(self, ids: Sequence[int]) -> bytes:
         """Word codes → bytes, as stored in the bank."""
@@ -182,20 +190,6 @@ class Lexicon:
 
 
 _REMEMBERED = 200_000  # words whose codes are kept in memory (about 40 MB); text repeats itself
-
-
-def _price_between(code: ClassCode, codes: Sequence[Sequence[int]]) -> Callable[[int | None, int, int | None], int]:
-    inside = [sum(code.after(*pair) for pair in pairwise(own)) for own in codes]
-
-    def added(before: int | None, place: int, after: int | None) -> int:
-        own = codes[place]
-        left = None if before is None else codes[before][-1]
-        bits = inside[place] + code.after(left, own[0])
-        if after is not None:
-            bits += code.after(own[-1], codes[after][0]) - code.after(left, codes[after][0])
-        return bits
-
-    return added
 
 
 def _code(bits: Sequence[int] | ClassCode | None) -> PrefixCode | ClassCode:

@@ -81,6 +81,10 @@ class PrefixCode:
             depth[node] = depth[parents[node]] + 1
         return cls(depth[: len(weights)], short=short)
 
+    def after(self, before: int | None, symbol: int) -> int:
+        """Bits of ``symbol``, whatever stands ``before`` it; :class:`~mbc_core.class_code.ClassCode` looks there."""
+        return self.bits[symbol]
+
     def pack(self, symbols: Sequence[int]) -> bytes:
         """Bits of ``symbols`` one after the other, filled with ones to whole bytes."""
         value, size = 0, 0

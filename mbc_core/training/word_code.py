@@ -106,9 +106,7 @@ def chosen(
 
 def stored_bits(lexicon: Lexicon, codes: Sequence[int] | NDArray[np.uint16]) -> int:
     """Bits of a passage's word codes, before they are filled to bytes."""
-    if isinstance(lexicon.code, ClassCode):
-        return sequence_bits(lexicon.code, [int(code) for code in codes])
-    return int(lexicon.code.lengths[np.asarray(codes, dtype=np.int64)].sum())
+    return sequence_bits(lexicon.code, [int(code) for code in codes])
 
 
 def kept_at(
