@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 
 from mbc_core.prefix_code import BYTE, LONGEST, PrefixCode, filled, whole_or_damaged
 
+Numbers = Sequence[int] | NDArray[np.int64]
+
 _MASK = (1 << LONGEST) - 1
 
 
@@ -38,10 +40,10 @@ class ClassCode:
 
     def __init__(
         self,
-        classes: Sequence[int],
-        transitions: Sequence[Sequence[int]],
-        members: Sequence[int],
-        usual: Sequence[int],
+        classes: Numbers,
+        transitions: Sequence[Numbers],
+        members: Numbers,
+        usual: Numbers,
     ) -> None:
         of, inner = np.asarray(classes, dtype=np.int64), np.asarray(members, dtype=np.int64)
         count = int(of.max()) + 1 if len(of) else 0
@@ -56,7 +58,7 @@ class ClassCode:
         """int64 [n]: bits that a symbol takes by and large. What it takes in its place is told by :meth:`after`."""
         if self.usual.min() < 1:
             raise ValueError("a class takes at least one bit")
-        self._after = [PrefixCode(row) for row in transitions]
+        self._rows = [PrefixCode(row) for row in transitions]
         self._symbols = [np.flatnonzero(of == one).tolist() for one in range(count)]
         self._among = [None if len(own) == 1 else PrefixCode(inner[own], short=True) for own in self._symbols]
         if any(inner[own[0]] for own in self._symbols if len(own) == 1):
@@ -73,14 +75,17 @@ class ClassCode:
 
     def pack(self, symbols: Sequence[int]) -> bytes:
         """Bits of ``symbols`` one after the other, filled with ones to whole bytes."""
-        value, size, row = 0, 0, -1
-        for symbol in symbols:
-            of = self._class[symbol]
-            for code, place in ((self._after[row], of), (self._among[of], self._place[symbol])):
-                if code is not None:
-                    value = value << code.bits[place] | code.codes[place]
-                    size += code.bits[place]
-            row = of
+        value, size, before = 0, 0, None
+        for symbol in map(int, symbols):
+            of, place = self._spelled(before, symbol)
+            row = self._behind(before)
+            value = value << row.bits[of] | row.codes[of]
+            size += row.bits[of]
+            among = self._group(before, of)[0]
+            if among is not None:
+                value = value << among.bits[place] | among.codes[place]
+                size += among.bits[place]
+            before = symbol
         return filled(value, size)
 
     def unpack(self, stored: bytes) -> list[int]:
@@ -92,10 +97,11 @@ class ClassCode:
         left = len(stored) * BYTE
         value = (int.from_bytes(stored, "big") + 1 << LONGEST) - 1  # ones behind the end, as the filling is
         found: list[int] = []
-        row = -1
+        before = None
         while left > 0:
-            of, used = self._after[row].first(value >> left & _MASK)
-            among, place = self._among[of], 0
+            of, used = self._behind(before).first(value >> left & _MASK)
+            among, symbols = self._group(before, of)
+            place = 0
             if among is not None and used < left:
                 place, more = among.first(value >> left - used & _MASK)
                 used += more
@@ -103,11 +109,23 @@ class ClassCode:
                 break
             if used > left:
                 break
-            found.append(self._symbols[of][place])
+            before = symbols[place]
+            found.append(before)
             left -= used
-            row = of
         whole_or_damaged(value >> LONGEST, left, len(stored))
         return found
+
+    def _behind(self, before: int | None) -> PrefixCode:
+        """The code of what comes behind ``before``."""
+        return self._rows[-1 if before is None else self._class[before]]
+
+    def _spelled(self, before: int | None, symbol: int) -> tuple[int, int]:
+        """How ``symbol`` is written behind ``before``: its group and its place there."""
+        return self._class[symbol], self._place[symbol]
+
+    def _group(self, before: int | None, of: int) -> tuple[PrefixCode | None, Sequence[int]]:
+        """The code among the symbols of a group behind ``before`` (None: there is but one), and the symbols."""
+        return self._among[of], self._symbols[of]
 
     def fields(self) -> dict[str, object]:
         """What :meth:`of_fields` takes: numbers and lists only."""
@@ -148,15 +166,39 @@ class ClassCode:
         Raises:
             ValueError: a code would need more than 32 bits, or fewer than 8 (too few classes).
         """
+        before = [
+            np.concatenate([[len(classes)], np.asarray(one, dtype=np.int64)])[:-1] for one in sequences if len(one)
+        ]
+        after = np.concatenate([np.asarray(one, dtype=np.int64) for one in sequences])
+        return cls.from_pairs(
+            np.concatenate(before), after, np.ones(len(after)), classes, unseen=unseen, sharing=sharing
+        )
+
+    @classmethod
+    def from_pairs(
+        cls,
+        before: NDArray[np.int64],
+        after: NDArray[np.int64],
+        number: NDArray[np.float64],
+        classes: Sequence[int],
+        *,
+        unseen: float,
+        sharing: float = 20.0,
+    ) -> ClassCode:
+        """Lengths that suit pairs of neighbours.
+
+        Args:
+            before, after: int64 [p], symbols that stand together; ``before`` may be n, the beginning.
+            number: float64 [p], how often.
+            classes, unseen, sharing: as for :meth:`from_sequences`.
+
+        Raises:
+            ValueError: a code would need more than 32 bits, or fewer than 8 (too few classes).
+        """
         of = np.asarray(classes, dtype=np.int64)
         count = int(of.max()) + 1
-        seen = np.bincount(np.concatenate([np.asarray(one, dtype=np.int64) for one in sequences]), minlength=len(of))
-        together = np.zeros((count + 1, count))
-        for text in sequences:
-            path = np.concatenate([[count], of[np.asarray(text, dtype=np.int64)]])
-            np.add.at(together, (path[:-1], path[1:]), 1.0)
-        own = np.bincount(of, weights=seen + unseen, minlength=count)
-        smooth: NDArray[np.float64] = together + sharing * own / own.sum()
+        seen = np.bincount(after, weights=number, minlength=len(of))
+        smooth = row_counts(before, after, number, of, unseen=unseen, sharing=sharing)
         steps = np.array([PrefixCode.from_counts(row).lengths for row in smooth])
         members = np.zeros(len(of), dtype=np.int64)
         for one in range(count):
@@ -166,6 +208,28 @@ class ClassCode:
         weights = smooth / smooth.sum(axis=0)
         usual = np.rint((weights * steps).sum(axis=0)).astype(np.int64)
         return cls(of.tolist(), steps.tolist(), members.tolist(), usual.tolist())
+
+
+def row_counts(
+    before: NDArray[np.int64],
+    after: NDArray[np.int64],
+    number: NDArray[np.float64],
+    classes: NDArray[np.int64],
+    *,
+    unseen: float,
+    sharing: float,
+) -> NDArray[np.float64]:
+    """How often class follows class, float64 [C+1, C], with ``sharing`` counts a row by the classes' own frequencies.
+
+    The arguments are those of :meth:`ClassCode.from_pairs`.
+    """
+    count = int(classes.max()) + 1
+    seen = np.bincount(after, weights=number, minlength=len(classes))
+    together = np.zeros((count + 1, count))
+    np.add.at(together, (np.append(classes, count)[before], classes[after]), number)
+    own = np.bincount(classes, weights=seen + unseen, minlength=count)
+    smooth: NDArray[np.float64] = together + sharing * own / own.sum()
+    return smooth
 
 
 def sequence_bits(code: ClassCode | PrefixCode, symbols: Sequence[int]) -> int:

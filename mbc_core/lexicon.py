@@ -3,7 +3,8 @@
 The file is JSON, gzipped when its name ends in ``.gz``. ``merges``: ids 0-255 are the bytes, id 256 upwards what the
 merges make, in order (at most 61,440 ids; the rest of 16 bits is reserved). ``bits``: length of each id's code in a
 canonical Huffman code, so that a common word costs a few bits and a rare name many. ``code``: the same in the light of
-the word before, see :class:`~mbc_core.class_code.ClassCode`. Without either every id takes 16.
+the word before, see :class:`~mbc_core.class_code.ClassCode` and, with followers,
+:class:`~mbc_core.follow_code.FollowCode`. Without either every id takes 16.
 A word is encoded with a space before it, so codes of several words decode to text with spaces between them,
 whatever the words were.
 """
@@ -23,6 +24,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from mbc_core.class_code import ClassCode
 from mbc_core.errors import DamagedFile, ModelError
+from mbc_core.follow_code import FollowCode
 from mbc_core.prefix_code import PrefixCode
 
 VOCABULARY = 61_440
@@ -31,8 +33,8 @@ VOCABULARY = 61_440
 PLAIN_BITS = 16
 """Bits of every id in a lexicon without ``bits``; a profile's budget of word codes is counted in these."""
 
-FORMATS = ("mbc-lexicon-1", "mbc-lexicon-2", "mbc-lexicon-3")
-"""Plain, with ``bits``, with ``code``."""
+FORMATS = ("mbc-lexicon-1", "mbc-lexicon-2", "mbc-lexicon-3", "mbc-lexicon-4")
+"""Plain, with ``bits``, with ``code``, with ``code`` and followers."""
 
 
 class Lexicon:
@@ -87,6 +89,8 @@ class Lexicon:
             merges = [_pair(entry) for entry in fields["merges"]]
             if fields["format"] == FORMATS[2]:
                 return cls(merges, ClassCode.of_fields(fields["code"]))
+            if fields["format"] == FORMATS[3]:
+                return cls(merges, FollowCode.of_fields(fields["code"]))
             return cls(merges, fields["bits"] if fields["format"] == FORMATS[1] else None)
         except (ValueError, KeyError, TypeError, OverflowError, OSError, EOFError, zlib.error) as error:
             raise DamagedFile(
@@ -204,7 +208,9 @@ def _plain_code() -> PrefixCode:
 
 
 def _canonical(merges: Sequence[tuple[str, str]], bits: Sequence[int] | ClassCode | None) -> bytes:
-    form = 2 if isinstance(bits, ClassCode) else int(bits is not None)
+    form = int(bits is not None)
+    if isinstance(bits, ClassCode):
+        form = 3 if isinstance(bits, FollowCode) else 2
     fields: dict[str, object] = {"format": FORMATS[form], "merges": [f"{left} {right}" for left, right in merges]}
     if isinstance(bits, ClassCode):
         fields["code"] = bits.fields()

@@ -144,11 +144,15 @@ def prepare_command(
 @click.option("--lexicon", "lexicon_file", type=_FILE, required=True, help="Lexicon whose entries stay.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="File: ….json or ….json.gz.")
 @click.option("--classes", type=click.IntRange(0), default=256, show_default=True, help="Of entries; 0: none.")
+@click.option("--followers/--no-followers", default=True, show_default=True, help="Lists of what often comes next.")
 @click.option("--limit", type=click.IntRange(1), default=None, help="Count only so many passages, drawn evenly.")
-def word_code_command(prepared: Path, lexicon_file: Path, out: Path, classes: int, limit: int | None) -> None:
+def word_code_command(
+    prepared: Path, lexicon_file: Path, out: Path, classes: int, followers: bool, limit: int | None
+) -> None:
     """Give the lexicon's entries the bits that suit the words which the passages of PREPARED keep.
 
-    A word's bits depend on what kind of word stands before it: entries are sorted into classes, found from the texts.
+    A word's bits depend on what kind of word stands before it: entries are sorted into classes, found from the texts,
+    and words that often follow one another are written as such (without classes none are).
     Banks made with the lexicon as it was keep it: its digest, and so their word codes, are not this one's.
 
     Example: mbc train word-code ./prepared --lexicon lexicon.json.gz --out lexicon-coded.json.gz
@@ -163,6 +167,6 @@ def word_code_command(prepared: Path, lexicon_file: Path, out: Path, classes: in
     if limit is not None:
         data = data.take(np.sort(np.random.default_rng(0).permutation(len(data))[:limit]))
     before = Lexicon.load(lexicon_file)
-    coded = train_word_code(data, before, classes=classes, say=_say)
+    coded = train_word_code(data, before, classes=classes, followers=followers, say=_say)
     coded.save(out)
     click.echo(json.dumps(write_card(out, lexicon_file, coded, data)))

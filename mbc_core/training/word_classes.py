@@ -36,7 +36,8 @@ class Pairs:
     def of(cls, sequences: Sequence[Sequence[int] | NDArray[np.integer]], entries: int) -> Pairs:
         """Pairs of neighbours in ``sequences``, the beginning of each counted as an entry of its own."""
         begin = entries
-        flat = np.concatenate([np.concatenate([[begin], np.asarray(one, dtype=np.int64)]) for one in sequences])
+        parts = [np.concatenate([[begin], np.asarray(one, dtype=np.int64)]) for one in sequences]
+        flat = np.concatenate([np.zeros(0, dtype=np.int64), *parts])
         pair, count = np.unique(flat[:-1] * (entries + 1) + flat[1:], return_counts=True)
         before, after = np.divmod(pair, entries + 1)
         real = after != begin

@@ -1,7 +1,8 @@
 """How many bits each word code takes: a code of the words that passages really keep, in their order.
 
 Which words are kept depends on what they cost, so counting and coding take turns; two turns are enough. Classes of
-entries (:mod:`~mbc_core.training.word_classes`) are found once, from whole texts and kept words together.
+entries (:mod:`~mbc_core.training.word_classes`) are found once, from whole texts and kept words together; lists of
+followers (:mod:`~mbc_core.training.word_followers`) in every turn.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ from numpy.typing import NDArray
 
 from mbc_core.class_code import ClassCode, sequence_bits
 from mbc_core.errors import UsageError
+from mbc_core.follow_code import FollowCode
 from mbc_core.lexicon import Lexicon
 from mbc_core.prefix_code import PrefixCode
 from mbc_core.training.lexicon import card_path
 from mbc_core.training.prepared import Prepared
 from mbc_core.training.word_classes import Pairs, word_classes
+from mbc_core.training.word_followers import follow_code
 from mbc_core.words import choose_words
 
 BUDGETS = (12, 24, 41)
@@ -42,6 +45,7 @@ def train_word_code(
     *,
     budgets: Sequence[int] = BUDGETS,
     classes: int = CLASSES,
+    followers: bool = True,
     turns: int = 2,
     say: Callable[[str], None] = lambda line: None,
 ) -> Lexicon:
@@ -52,6 +56,7 @@ def train_word_code(
         lexicon: entries; its bits, if it has some, are where the first turn starts.
         budgets: word codes a passage, as in profiles.
         classes: of entries; a code's bits then depend on the class before. 0: on its own frequency alone.
+        followers: entries that often follow one another are written as such; without classes there are none.
 
     Raises:
         UsageError: there are no scored words; fewer than 129 classes, or more than entries.
@@ -78,7 +83,10 @@ def train_word_code(
         if classes and found is None:
             whole = [np.array([code for word in lexicon.encode_words(one) for code in word]) for one in words]
             found = word_classes(Pairs.of([*kept, *whole], len(lexicon)), classes, say=say)
-        lexicon = _coded(lexicon, kept, found)
+        if found is not None and followers:
+            lexicon = Lexicon(lexicon.merges, follow_code(kept, whole, found, weight=1 / len(budgets)))
+        else:
+            lexicon = _coded(lexicon, kept, found)
         count = sum(len(one) for one in kept)
         bits = sum(stored_bits(lexicon, one) for one in kept) / max(count, 1)
         say(f"turn {turn + 1}: {count:,} codes kept, {bits:.2f} bits a code")
@@ -133,13 +141,14 @@ def write_card(out: Path, before: Path, coded: Lexicon, data: Prepared) -> dict[
             "codes_at_16_bits": round(plain, 1),
         }
     card: dict[str, object] = {
-        "what": "byte-level BPE lexicon with a Huffman code in classes of entries: word codes of the bank",
+        "what": "byte-level BPE lexicon with a Huffman code in classes of entries, with followers: word codes",
         "entries": len(coded),
         "digest": coded.digest,
         "file_sha256": hashlib.sha256(out.read_bytes()).hexdigest(),
         "entries_of": Lexicon.load(before).digest,
         "trained_on": entries.get("trained_on", []),
         "classes": int(coded.code.classes.max()) + 1 if isinstance(coded.code, ClassCode) else 0,
+        "followers": _followers(coded),
         "bits": {"shortest": min(coded.bits), "longest": max(coded.bits)},
         "counted_on": {"passages": len(data), **data.sources},
         "kept_by_budget": kept,
@@ -147,3 +156,9 @@ def write_card(out: Path, before: Path, coded: Lexicon, data: Prepared) -> dict[
     }
     card_path(out).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
     return card
+
+
+def _followers(lexicon: Lexicon) -> dict[str, int]:
+    """How many entries have followers, and how many those are together."""
+    lists = lexicon.code.followers if isinstance(lexicon.code, FollowCode) else None
+    return {"leaders": len(lists.leaders) if lists else 0, "pairs": len(lists.symbols) if lists else 0}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from mbc_core.class_code import ClassCode
+from mbc_core.follow_code import FollowCode, Followers
 from mbc_core.lexicon import Lexicon
 from mbc_core.prefix_code import PrefixCode
 
@@ -25,6 +26,36 @@ def class_code(symbols: int, seed: int = 0) -> ClassCode:
         if len(own) > 1:
             members[own] = PrefixCode.from_counts(draw.random(len(own)) ** 4 + 1e-3, short=True).lengths
     return ClassCode(classes.tolist(), steps, members.tolist(), np.rint(np.mean(steps, axis=0)).astype(int).tolist())
+
+
+def follow_code(symbols: int, seed: int = 0, *, levels: int = 2) -> FollowCode:
+    """The same with lists: two symbols of three have one to five followers, of two levels."""
+    draw = np.random.default_rng(seed + 100)
+    plain = class_code(symbols, seed)
+    leaders = np.flatnonzero(np.arange(symbols) % 3 < 2)
+    sizes = draw.integers(1, 6, size=len(leaders))
+    lists = [np.sort(draw.choice(symbols, size, replace=False)) for size in sizes.tolist()]
+    bits = [
+        PrefixCode.from_counts(draw.random(size) ** 4 + 1e-3, short=True).lengths if size > 1 else [0]
+        for size in sizes.tolist()
+    ]
+    found = Followers(
+        leaders, draw.integers(0, levels, size=len(leaders)), sizes, np.concatenate(lists), np.concatenate(bits)
+    )
+    listed = [draw.permutation([*UNARY[:8], 9, 9]).tolist() for _ in range(9 * levels)]
+    return FollowCode(
+        plain.classes.tolist(),
+        plain.transitions.tolist(),
+        plain.members.tolist(),
+        plain.usual.tolist(),
+        listed,
+        found,
+    )
+
+
+def follow_lexicon(seed: int = 0) -> Lexicon:
+    """As :func:`class_lexicon`, with followers."""
+    return Lexicon(MERGES, follow_code(len(Lexicon(MERGES)), seed))
 
 
 def class_lexicon(seed: int = 0) -> Lexicon:

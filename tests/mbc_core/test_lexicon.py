@@ -12,7 +12,7 @@ from mbc_core.class_code import ClassCode
 from mbc_core.errors import DamagedFile, ModelError
 from mbc_core.lexicon import FORMATS, VOCABULARY, Lexicon
 from mbc_core.prefix_code import PrefixCode
-from tests.mbc_core.class_lexicon import MERGES, class_code, class_lexicon
+from tests.mbc_core.class_lexicon import MERGES, class_code, class_lexicon, follow_code, follow_lexicon
 
 SHIPPED = Lexicon.load(weights.path("lexicon.json.gz"))
 WORDS = st.lists(st.text(st.characters(exclude_categories=["Z", "C"]), min_size=1, max_size=12), max_size=12)
@@ -152,8 +152,11 @@ def test_more_entries_than_codes_are_refused(tmp_path):
 
 def test_gzip_holds_plain_json():
     fields = json.loads(gzip.decompress(weights.path("lexicon.json.gz").read_bytes()))
-    assert fields["format"] == FORMATS[2]
-    assert max(fields["code"]["classes"]) + 1 == json.loads(weights.path("lexicon.card.json").read_text())["classes"]
+    card = json.loads(weights.path("lexicon.card.json").read_text())
+    assert fields["format"] == FORMATS[3]
+    assert max(fields["code"]["classes"]) + 1 == card["classes"]
+    pairs = {"leaders": len(fields["code"]["leaders"]), "pairs": len(fields["code"]["followers"])}
+    assert card["followers"] == pairs and pairs["pairs"] == sum(fields["code"]["sizes"])
 
 
 def test_bits_of_a_lexicon_are_part_of_it(tmp_path):
@@ -208,8 +211,9 @@ def test_words_in_their_order_take_fewer_bits_than_turned_round():
     assert len(SHIPPED.pack(codes_of(SHIPPED, words))) < len(SHIPPED.pack(codes_of(SHIPPED, words[::-1])))
 
 
-def test_a_lexicon_with_classes_is_saved_whole(tmp_path):
-    lexicon, other = class_lexicon(0), class_lexicon(1)
+@pytest.mark.parametrize("kind", [class_lexicon, follow_lexicon])
+def test_a_lexicon_with_classes_is_saved_whole(tmp_path, kind):
+    lexicon, other = kind(0), kind(1)
     assert len({lexicon.digest, other.digest, Lexicon(MERGES).digest}) == 3
     assert lexicon.costs(["ab", "b", ""]) == [lexicon.bits[257], lexicon.bits[258], 0]
     lexicon.save(tmp_path / "lexicon.json.gz")
@@ -222,7 +226,9 @@ def test_a_lexicon_with_classes_is_saved_whole(tmp_path):
 @given(
     st.lists(st.text("ab1", min_size=1, max_size=4), min_size=1, max_size=10),
     st.randoms(),
-    st.sampled_from([class_lexicon(0), class_lexicon(1), Lexicon(MERGES), SHIPPED]),
+    st.sampled_from(
+        [class_lexicon(0), class_lexicon(1), follow_lexicon(0), follow_lexicon(1), Lexicon(MERGES), SHIPPED]
+    ),
 )
 def test_prices_add_up_to_the_packed_bits_in_whatever_order_words_come(words, draw, lexicon):
     codes = lexicon.encode_words(words)
@@ -262,7 +268,47 @@ def links(lexicon, codes):
 )
 def test_a_damaged_code_is_named(tmp_path, change, cause):
     class_lexicon().save(tmp_path / "good.json")
-    fields = json.loads((tmp_path / "good.json").read_text())
-    (tmp_path / "bad.json").write_text(json.dumps({**fields, **change}))
-    with pytest.raises(DamagedFile, match=f"the lexicon file is damaged.*{cause}"):
-        Lexicon.load(tmp_path / "bad.json")
+    require_damaged(tmp_path, change, cause)
+
+
+@pytest.mark.parametrize(
+    ("change", "cause"),
+    [
+        ({"code": [8] * 261}, "list indices"),
+        ({"code": class_code(261).fields()}, "letters in a text, not list"),
+        ({"code": follow_code(260).fields()}, "260 code lengths for 261 entries"),
+        ({"code": {**follow_code(261).fields(), "usual": [2**70] * 9}}, "a list of whole numbers"),
+        ({"code": {**follow_code(261).fields(), "members": "none"}}, "every symbol needs a class and a length"),
+        ({"code": {**follow_code(261).fields(), "members": "—"}}, "letters 0 to 9 and a to w"),
+        ({"code": {**follow_code(261).fields(), "leaders": [0, 261]}}, "every leader needs"),
+        ({"format": FORMATS[2]}, "could not convert|invalid literal|inhomogeneous"),
+    ],
+)
+def test_a_damaged_code_with_followers_is_named(tmp_path, change, cause):
+    follow_lexicon().save(tmp_path / "good.json")
+    require_damaged(tmp_path, change, cause)
+
+
+def require_damaged(folder, change, cause):
+    """Check that ``good.json`` with the ``change`` is refused and says why."""
+    fields = json.loads((folder / "good.json").read_text())
+    (folder / "bad.json").write_text(json.dumps({**fields, **change}))
+    with pytest.raises(DamagedFile, match=f"the lexicon file is damaged.*({cause})"):
+        Lexicon.load(folder / "bad.json")
+
+
+def test_formats_of_before_are_read_as_they_were(tmp_path):
+    """Digests and bytes are those that the release before format 4 gave."""
+    plain = {"format": "mbc-lexicon-1", "merges": ["Ġ a"]}
+    (tmp_path / "plain.json").write_text(json.dumps(plain))
+    bits = {"format": "mbc-lexicon-2", "merges": ["Ġ a"], "bits": [8] * 255 + [9, 9]}
+    (tmp_path / "bits.json").write_text(json.dumps(bits))
+    class_lexicon(0).save(tmp_path / "classes.json")
+    assert json.loads((tmp_path / "classes.json").read_text())["format"] == "mbc-lexicon-3"
+    for name, digest, stored in (
+        ("plain", "25f2fbff061ad6bca19e084e4dc5e86faebbe265a3af41e188660abb7d02ee11", "0100"),
+        ("bits", "eddd4a267f12d35518c98809ebc753ce67f8786122e30df9202d9e036e62fcdb", "ffff"),
+        ("classes", "e17b4a29ac81350b78becfc2794c54a43a4b6907002e3213412974e6481d7995", "f7df"),
+    ):
+        lexicon = Lexicon.load(tmp_path / f"{name}.json")
+        assert (lexicon.digest, lexicon.pack([256]).hex()) == (digest, stored), name

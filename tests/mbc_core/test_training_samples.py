@@ -15,7 +15,7 @@ from mbc_core.training.batches import Ragged, spread
 from mbc_core.training.prepared import load_prepared
 from mbc_core.training.samples import _NEVER, Mixture, SampleSource, _entry_budgets, build_source, distractors
 from mbc_core.words import choose_words, keeping_order, word_worth
-from tests.mbc_core.class_lexicon import class_lexicon
+from tests.mbc_core.class_lexicon import class_lexicon, follow_lexicon
 from tests.mbc_core.prepared_data import write_prepared
 from tests.mbc_core.tiny_reader import END, SLOTS, BagOfWords, documents, lexicon, pieces, tokenizer
 
@@ -80,9 +80,10 @@ def test_the_plain_loop_is_the_banks_choice_up_to_the_last_word(data):
 @given(
     st.lists(st.lists(st.tuples(st.text("abA1", max_size=4), st.integers(0, 5)), max_size=10), max_size=3),
     st.integers(0, 2),
+    st.sampled_from([class_lexicon, follow_lexicon]),
 )
-def test_budgets_at_which_words_enter_agree_with_the_banks_choice(passages, seed):
-    classed, most = class_lexicon(seed), 300
+def test_budgets_at_which_words_enter_agree_with_the_banks_choice(passages, seed, kind):
+    classed, most = kind(seed), 300
     texts = [[word for word, _ in one] for one in passages]
     scores = [np.array([value for _, value in one], dtype=np.float32) for one in passages]
     costs = [np.array(classed.costs(one), dtype=np.int64) for one in texts]

@@ -11,6 +11,7 @@ from prepared_data import write_prepared
 from mbc_core.class_code import ClassCode
 from mbc_core.cli.train import train
 from mbc_core.errors import UsageError
+from mbc_core.follow_code import FollowCode
 from mbc_core.lexicon import Lexicon
 from mbc_core.training.prepared import load_prepared
 from mbc_core.training.word_code import chosen, kept_at, stored_bits, train_word_code
@@ -54,7 +55,8 @@ def test_kept_words_cost_less_than_16_bits_and_frequent_ones_least(prepared):
 def test_classes_of_entries_save_bits(prepared):
     data = load_prepared(prepared)
     said: list[str] = []
-    alone, classed = train_word_code(data, PLAIN, classes=0), train_word_code(data, PLAIN, classes=130, say=said.append)
+    alone = train_word_code(data, PLAIN, classes=0)
+    classed = train_word_code(data, PLAIN, classes=130, followers=False, say=said.append)
     assert isinstance(classed.code, ClassCode) and int(classed.code.classes.max()) == 129
     words, scores = scored(data)
     assert kept_at(words, scores, classed, 24)[0] < kept_at(words, scores, alone, 24)[0] - 1
@@ -62,7 +64,20 @@ def test_classes_of_entries_save_bits(prepared):
     kept = chosen(words, scores, classed, (0, 12, 24))
     assert [-(-stored_bits(classed, one) // 8) for one in kept] == [len(classed.pack(one.tolist())) for one in kept]
     assert [line.split(":")[0] for line in said if line.startswith("turn")] == ["turn 1", "turn 2"]
-    assert train_word_code(data, PLAIN, classes=130).digest == classed.digest
+    assert train_word_code(data, PLAIN, classes=130, followers=False).digest == classed.digest
+    assert not isinstance(classed.code, FollowCode)
+
+
+def test_followers_save_more_bits(prepared):
+    data = load_prepared(prepared)
+    classed = train_word_code(data, PLAIN, classes=130, followers=False)
+    followed = train_word_code(data, PLAIN, classes=130)
+    assert isinstance(followed.code, FollowCode)
+    words, scores = scored(data)
+    assert kept_at(words, scores, followed, 12)[0] < kept_at(words, scores, classed, 12)[0] - 0.1
+    kept = chosen(words, scores, followed, (0, 12, 24))
+    assert [-(-stored_bits(followed, one) // 8) for one in kept] == [len(followed.pack(one.tolist())) for one in kept]
+    assert train_word_code(data, PLAIN, classes=130).digest == followed.digest
 
 
 @pytest.mark.parametrize("classes", [1, 128, 262])
@@ -95,7 +110,14 @@ def test_the_command_writes_the_lexicon_and_its_card(prepared, tmp_path):
     assert card["counted_on"]["passages"] == 10
     for kept in card["kept_by_budget"].values():
         assert kept["codes"] >= kept["codes_at_16_bits"] and kept["bits_per_code"] < 16
-    assert card["classes"] == 256 and isinstance(coded.code, ClassCode)
+    assert card["classes"] == 256 and isinstance(coded.code, FollowCode)
+    lists = coded.code.followers
+    assert card["followers"] == {"leaders": len(lists.leaders), "pairs": len(lists.symbols)} and len(lists.leaders) > 1
+    done = CliRunner().invoke(train, [*arguments, "--out", str(tmp_path / "classed.json.gz"), "--no-followers"])
+    assert done.exit_code == 0, done.output
+    assert json.loads((tmp_path / "classed.card.json").read_text())["followers"] == {"leaders": 0, "pairs": 0}
+    classed = Lexicon.load(tmp_path / "classed.json.gz").code
+    assert isinstance(classed, ClassCode) and not isinstance(classed, FollowCode)
     done = CliRunner().invoke(train, [*arguments, "--out", str(tmp_path / "alone.json.gz"), "--classes", "0"])
     assert done.exit_code == 0, done.output
     assert json.loads((tmp_path / "alone.card.json").read_text())["classes"] == 0

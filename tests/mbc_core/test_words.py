@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from mbc_core.errors import ModelError
 from mbc_core.lexicon import Lexicon
 from mbc_core.words import BRIDGED, OPENING_SHARE, choose_places, choose_words, keeping_order, split_words, word_worth
-from tests.mbc_core.class_lexicon import class_lexicon
+from tests.mbc_core.class_lexicon import class_lexicon, follow_lexicon
 
 BYTES = Lexicon([])  # a code is a byte, a word costs its letters and one space
-CLASSED = [class_lexicon(seed) for seed in range(3)]  # a word's bits depend on the kept word before it
+# A word's bits depend on the kept word before it.
+CLASSED = [*(class_lexicon(seed) for seed in range(3)), *(follow_lexicon(seed) for seed in range(3))]
 
 
 def scores(*values: float) -> np.ndarray:
@@ -203,7 +204,7 @@ def test_words_that_cost_less_together_leave_room_for_more():
     assert min(spent) < 0 < max(spent)
 
 
-@pytest.mark.parametrize("lexicon", [BYTES, CLASSED[1]])
+@pytest.mark.parametrize("lexicon", [BYTES, CLASSED[1], CLASSED[4]])
 def test_empty_words_are_passed_over(lexicon):
     words = ["", "ab", "", "b", ""]
     assert lexicon.decode(choose_words(words, scores(5, 1, 4, 2, 3), 40, lexicon)) == "ab b"
