@@ -22,7 +22,7 @@ from mbc_core.lexicon import Lexicon
 from mbc_core.prefix_code import PrefixCode
 from mbc_core.training.lexicon import card_path
 from mbc_core.training.prepared import Prepared
-from mbc_core.training.word_classes import Pairs, word_classes
+from mbc_core.training.word_classes import Pairs, set_apart, word_classes
 from mbc_core.training.word_followers import follow_code
 from mbc_core.words import choose_words
 
@@ -55,7 +55,8 @@ def train_word_code(
         data: passages with scored words, see ``mbc train prepare``.
         lexicon: entries; its bits, if it has some, are where the first turn starts.
         budgets: word codes a passage, as in profiles.
-        classes: of entries; a code's bits then depend on the class before. 0: on its own frequency alone.
+        classes: of entries; a code's bits then depend on the class before. Entries that make up most of a class get
+            one of their own besides. 0: bits depend on an entry's own frequency alone.
         followers: entries that often follow one another are written as such; without classes there are none.
 
     Raises:
@@ -83,6 +84,7 @@ def train_word_code(
         if classes and found is None:
             whole = [np.array([code for word in lexicon.encode_words(one) for code in word]) for one in words]
             found = word_classes(Pairs.of([*kept, *whole], len(lexicon)), classes, say=say)
+            found = set_apart(found, _counts(kept, len(lexicon)))
         if found is not None and followers:
             lexicon = Lexicon(lexicon.merges, follow_code(kept, whole, found, weight=1 / len(budgets)))
         else:
@@ -97,8 +99,12 @@ def _coded(lexicon: Lexicon, kept: Sequence[NDArray[np.uint16]], classes: NDArra
     """Entries of ``lexicon`` with the bits that suit ``kept``."""
     if classes is not None:
         return Lexicon(lexicon.merges, ClassCode.from_sequences(kept, classes.tolist(), unseen=UNSEEN))
-    counts = np.bincount(np.concatenate(kept), minlength=len(lexicon)).astype(np.float64)
-    return Lexicon(lexicon.merges, PrefixCode.from_counts(counts + UNSEEN).lengths.tolist())
+    return Lexicon(lexicon.merges, PrefixCode.from_counts(_counts(kept, len(lexicon)) + UNSEEN).lengths.tolist())
+
+
+def _counts(kept: Sequence[NDArray[np.uint16]], entries: int) -> NDArray[np.float64]:
+    """How often each entry is kept: float64 [entries]."""
+    return np.bincount(np.concatenate(kept), minlength=entries).astype(np.float64)
 
 
 def chosen(

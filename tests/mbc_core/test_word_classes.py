@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mbc_core.training.word_classes import Pairs, _Exchange, word_classes
+from mbc_core.training.word_classes import Pairs, _Exchange, set_apart, word_classes
 
 TEXTS = st.lists(st.lists(st.integers(0, 7), max_size=8), min_size=1, max_size=8)
 
@@ -114,3 +114,35 @@ def test_without_any_pair_all_stay():
 def test_numbers_of_classes_that_cannot_be(classes):
     with pytest.raises(ValueError, match=f"{classes} classes for 12 entries; at least 2 classes"):
         word_classes(Pairs.of(planted(), 12), classes)
+
+
+def test_entries_that_make_up_most_of_a_class_typed_out():
+    classes = np.array([0, 0, 0, 0, 1, 1, 2])
+    seen = np.array([600.0, 100.0, 300.0, 1.0, 50.0, 49.0, 900.0])
+    # 600 of 1001, then 300 of 401, then 100 of 101; 50 of 99 is too little, and 900 is alone already.
+    assert set_apart(classes, seen).tolist() == [3, 5, 4, 0, 1, 1, 2]
+    assert set_apart(classes, seen, least=40.0).tolist() == [3, 5, 4, 0, 6, 1, 2]
+    assert set_apart(classes, np.array([5e3, 5e3, 0, 0, 1, 1, 1])).tolist() == classes.tolist(), "half is not most"
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.sampled_from([0, 1, 2, 4, 9, 30])), max_size=24))
+def test_apart_is_what_a_plain_loop_takes_out(entries):
+    entries = [(0, 0), (1, 0), (2, 0), (3, 0), *entries]
+    found = set_apart(np.array([own for own, _ in entries]), np.array([float(n) for _, n in entries]), least=2.0)
+    expected, taken = [own for own, _ in entries], []
+    while True:
+        most = [
+            place
+            for place, (own, n) in enumerate(entries)
+            if n >= 2
+            and expected[place] == own
+            and expected.count(own) > 1
+            and 2 * n > sum(other for at, (_, other) in enumerate(entries) if expected[at] == own)
+        ]
+        if not most:
+            break
+        taken.append(max(most, key=lambda place: (entries[place][1], -place)))
+        expected[taken[-1]] = -1
+    assert {place for place, own in enumerate(found.tolist()) if own > 3} == set(taken)
+    assert sorted(found[taken].tolist()) == list(range(4, 4 + len(taken))), "each has a class of its own"
+    assert all(found[place] == entries[place][0] for place in range(len(entries)) if place not in taken)
