@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from mbc_core.prefix_code import BYTE, LONGEST, PrefixCode, filled, whole_or_damaged
 
 Numbers = Sequence[int] | NDArray[np.int64]
+"""Whole numbers, as read from a file or counted."""
 
 _MASK = (1 << LONGEST) - 1
 
