@@ -34,6 +34,7 @@ LICENCES = {
     "realtimeqa": "RealTimeQA",
     "realtimeqa_news": "RealTimeQA",
     "realtimeqa_gcs": "articles that RealTimeQA links to",
+    "wiki_leads": "CC BY-SA 4.0 (English Wikipedia, the demo's corpus)",
     "timeqa_human": "TimeQA",
     "fairytaleqa": "FairytaleQA",
 }
