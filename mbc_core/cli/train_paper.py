@@ -138,6 +138,10 @@ def paper_data_command(
     "--flat", type=float, default=0.002, show_default=True,
     help="Stop when the held-out loss improved by no more than this share over the last third; 0: never.",
 )  # fmt: skip
+@click.option(
+    "--keep-best/--keep-last", default=True, show_default=True,
+    help="End with the weights of the lowest held-out loss, or with the last ones.",
+)  # fmt: skip
 @click.option("--precision", type=click.Choice(["auto", "float32", "bfloat16"]), default="auto", show_default=True)
 @click.option(
     "--compile/--no-compile", "compile_layers", default=True, show_default=True, help="Compile layers on a GPU."

@@ -2,7 +2,8 @@
 
 One process, or several of them (`torchrun`): each takes whole banks of the same global step, gradients are averaged,
 and the codebook, which every rank computes from all ranks' vectors, stays equal by itself. A run stops when its
-held-out loss is flat, and can be taken up after any call.
+held-out loss is flat, and can be taken up after any call. It keeps the weights of its best look: once it has learnt
+what there is, more steps are learnt by heart.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from mbc_core.errors import UsageError
 from mbc_core.paper.model import PaperModel
 from mbc_core.training.paper_batches import Draw, OnDevice
 from mbc_core.training.paper_bursts import BurstClip
-from mbc_core.training.paper_checkpoint import PaperProgress, load_checkpoint, save_checkpoint
+from mbc_core.training.paper_checkpoint import PaperProgress, load_checkpoint, restore, save_checkpoint, snapshot
 from mbc_core.training.paper_data import PaperData
 from mbc_core.training.paper_layers import LayerLoop
 from mbc_core.training.paper_ranks import Ranks
@@ -75,6 +76,7 @@ class PaperTrainer:
             model.quantizer.watch(self.optimizer)
         self._calibrating = _some_passages(data, run.seed)
         self.progress = PaperProgress()
+        self.best: dict[str, Tensor] | None = None
         lm, wanted = model.language_model.model, run.compile_layers and self.device.type == "cuda"
         self.layers = LayerLoop(lm, compiled=True) if wanted and LayerLoop.fits(lm) else None
         self._since: dict[str, Tensor] = {}
@@ -154,13 +156,27 @@ class PaperTrainer:
     def save(self, folder: Path) -> None:
         """Leave a checkpoint, and the model ready for use."""
         self.calibrate()
-        save_checkpoint(folder, self.parameters, self.buffers, self.optimizer, self.progress)
+        best = None if self.progress.finished else self.best
+        save_checkpoint(folder, self.parameters, self.buffers, self.optimizer, self.progress, best)
 
     def load(self, folder: Path) -> bool:
         """Take up a checkpoint; False when there is none."""
         found = load_checkpoint(folder, self.parameters, self.buffers, self.optimizer)
-        self.progress = found or self.progress
+        if found is not None:
+            self.progress, self.best = found
         return found is not None
+
+    def remember(self) -> None:
+        """Copy the weights if the look just taken is the best one."""
+        if self.run.keep_best and self.progress.best == self.progress.step:
+            self.best = snapshot(self.parameters, self.buffers)
+
+    def keep_best(self) -> None:
+        """Go back to the best look's weights, if the last ones are not the best."""
+        if self.best is not None and self.progress.best != self.progress.step:
+            restore(self.best, self.parameters, self.buffers)
+            self.progress.kept = self.progress.best
+        self.best = None
 
     def _update(self) -> tuple[Tensor, Tensor]:
         """Norms and bursts as :meth:`BurstClip.clip` tells them."""
@@ -257,6 +273,10 @@ def train_paper(
     clock.tick()
     if trainer.layers is not None:
         trainer.layers.end()
+    if progress.finished:
+        trainer.keep_best()
+        if progress.kept is not None:
+            say(f"kept the weights of step {progress.kept:,}, those of the best look")
     if leads:
         trainer.save(folder)
     return progress.finished
@@ -297,6 +317,7 @@ def _look(trainer: PaperTrainer, out_dir: Path, say: Callable[[str], None]) -> N
     progress = trainer.progress
     found = trainer.look()
     progress.looks.append((progress.step, trainer.ranks.agreed(float(found["held_out_loss"]))))
+    trainer.remember()
     cool_when_due(progress, trainer.run)
     line = {
         "step": progress.step,

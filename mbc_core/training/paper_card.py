@@ -39,6 +39,7 @@ def paper_card(trainer: PaperTrainer, data: PaperData, curve: list[dict[str, Any
         "run": asdict(run),
         "finished": progress.finished,
         "ended_by": progress.ended_by,
+        "kept_step": progress.kept or progress.step,
         "converged": progress.ended_by == "flat",
         "steps": progress.step,
         "seconds": round(progress.seconds, 1),

@@ -81,6 +81,7 @@ class PaperOptions:
     cool_down: float
     look_every: int
     flat: float
+    keep_best: bool
     precision: str
     compile_layers: bool
     lambda_vq: float
@@ -120,6 +121,7 @@ class PaperOptions:
             cool_down=self.cool_down,
             look_every=self.look_every,
             flat=self.flat or None,
+            keep_best=self.keep_best,
             closed=self.closed,
             bf16=bf16,
             compile_layers=self.compile_layers,

@@ -36,6 +36,7 @@ class PaperRun:
         cool_down: share of the run over which it falls to zero at the end.
         look_every: steps between two looks at the held-out loss.
         flat: improvement (a share of the loss) over the last third of the looks under which it is flat; None: never.
+        keep_best: end with the weights of the look with the lowest held-out loss, not with the last ones.
         closed: train the closed book instead: the same questions and parts, banks that say nothing.
         bf16: compute in bfloat16 where that is safe (codes and losses stay in float32).
         compile_layers: compile the language model's layers (on a GPU, where the model is a Llama-like one).
@@ -64,6 +65,7 @@ class PaperRun:
     cool_down: float = 0.2
     look_every: int = 200
     flat: float | None = 0.002
+    keep_best: bool = True
     closed: bool = False
     bf16: bool = True
     compile_layers: bool = True
