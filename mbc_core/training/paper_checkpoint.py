@@ -1,4 +1,4 @@
-"""Checkpoints of `mbc train paper`: weights, moments, the codebook's statistics, where the run stands, its best weights."""
+"""Checkpoints of `mbc train paper`: weights, moments, codebook statistics, progress, and the weights of its best look."""
 
 from __future__ import annotations
 
