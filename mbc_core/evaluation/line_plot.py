@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from xml.sax.saxutils import escape
 
 from mbc_core.errors import UsageError
@@ -23,15 +23,20 @@ class Panel:
     Attributes:
         title, y_label: for people.
         series: name → a value for each place on the x axis; None where there is none.
+        dashed: names of series that are drawn dashed → the series whose colour they take.
     """
 
     title: str
     y_label: str
     series: Mapping[str, Sequence[float | None]]
+    dashed: Mapping[str, str] = field(default_factory=dict)
 
 
 def lines_svg(panels: Sequence[Panel], x_labels: Sequence[str]) -> str:
     """An SVG picture of the panels, with one legend below; equal arguments give equal text.
+
+    Args:
+        x_labels: one for each place; an empty one is not drawn.
 
     Raises:
         UsageError: no value at all, or a series that is not as long as the axis.
@@ -45,6 +50,7 @@ def lines_svg(panels: Sequence[Panel], x_labels: Sequence[str]) -> str:
             fix="give a value or None for every place",
         )
     names = list(dict.fromkeys(name for panel in panels for name in panel.series))
+    strokes = _strokes(names, {name: other for panel in panels for name, other in panel.dashed.items()})
     rows = -(-len(names) // 4)
     width, height = _WIDTH * len(panels), _HEIGHT + _LEGEND * rows + 8
     parts = [
@@ -53,10 +59,10 @@ def lines_svg(panels: Sequence[Panel], x_labels: Sequence[str]) -> str:
         f'<rect width="{width}" height="{height}" fill="white"/>',
     ]
     for place, panel in enumerate(panels):
-        parts += [f'<g transform="translate({_WIDTH * place},0)">', *_panel(panel, x_labels, names), "</g>"]
+        parts += [f'<g transform="translate({_WIDTH * place},0)">', *_panel(panel, x_labels, strokes), "</g>"]
     for place, name in enumerate(names):
         x, y = 20 + (place % 4) * width / 4, _HEIGHT + 12 + _LEGEND * (place // 4)
-        parts.append(f'<line x1="{x:.1f}" y1="{y - 4:.1f}" x2="{x + 24:.1f}" y2="{y - 4:.1f}" {_stroke(place)}/>')
+        parts.append(f'<line x1="{x:.1f}" y1="{y - 4:.1f}" x2="{x + 24:.1f}" y2="{y - 4:.1f}" {strokes[name]}/>')
         parts.append(f'<text x="{x + 30:.1f}" y="{y:.1f}">{escape(name)}</text>')
     return "\n".join([*parts, "</svg>", ""])
 
@@ -80,7 +86,7 @@ def _floor_log10(value: float) -> int:
     return floor(log10(value))
 
 
-def _panel(panel: Panel, x_labels: Sequence[str], names: Sequence[str]) -> list[str]:
+def _panel(panel: Panel, x_labels: Sequence[str], strokes: Mapping[str, _Stroke]) -> list[str]:
     held = [value for one in panel.series.values() for value in one if value is not None]
     marks = ticks(min(held), max(held)) if held else [0.0, 1.0]
     wide, high = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
@@ -97,6 +103,8 @@ def _panel(panel: Panel, x_labels: Sequence[str], names: Sequence[str]) -> list[
         parts.append(f'<line x1="{_LEFT}" y1="{y:.1f}" x2="{_WIDTH - _RIGHT}" y2="{y:.1f}" stroke="#ddd"/>')
         parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{mark:g}</text>')
     for place, label in enumerate(x_labels):
+        if not label:
+            continue
         x, y = at_x(place), _HEIGHT - _BOTTOM + 14
         parts.append(
             f'<text x="{x:.1f}" y="{y}" text-anchor="end" transform="rotate(-35 {x:.1f} {y})">{escape(label)}</text>'
@@ -107,15 +115,37 @@ def _panel(panel: Panel, x_labels: Sequence[str], names: Sequence[str]) -> list[
     )
     for name, series in panel.series.items():
         points = [(at_x(place), at_y(value)) for place, value in enumerate(series) if value is not None]
-        number = names.index(name)
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-        parts.append(f'<polyline points="{path}" fill="none" {_stroke(number)}/>')
-        fill = COLOURS[number % len(COLOURS)]
-        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" fill="{fill}"/>' for x, y in points]
+        parts.append(f'<polyline points="{path}" fill="none" {strokes[name]}/>')
+        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" fill="{strokes[name].colour}"/>' for x, y in points]
     return parts
 
 
-def _stroke(number: int) -> str:
-    dash = _DASHES[number // len(COLOURS) % len(_DASHES)]
-    dashed = f' stroke-dasharray="{dash}"' if dash else ""
-    return f'stroke="{COLOURS[number % len(COLOURS)]}" stroke-width="1.8"{dashed}'
+@dataclass(frozen=True, slots=True)
+class _Stroke:
+    """How a line is drawn; its text is what an SVG element says of it."""
+
+    colour: str
+    dash: str
+
+    def __str__(self) -> str:
+        dashed = f' stroke-dasharray="{self.dash}"' if self.dash else ""
+        return f'stroke="{self.colour}" stroke-width="1.8"{dashed}'
+
+
+def _strokes(names: Sequence[str], dashed: Mapping[str, str]) -> dict[str, _Stroke]:
+    """Of each series: a colour of its own, or dashed in that of another; dashes of their own when colours run out."""
+    strokes: dict[str, _Stroke] = {}
+    for number, name in enumerate(name for name in names if name not in dashed):
+        dash = _DASHES[number // len(COLOURS) % len(_DASHES)]
+        strokes[name] = _Stroke(COLOURS[number % len(COLOURS)], dash)
+    for name, other in dashed.items():
+        if other not in strokes:
+            raise UsageError(
+                "a dashed line takes its colour from a series that is not there",
+                value=f"{name!r} from {other!r}",
+                cause="the other one is not among the series, or is dashed itself",
+                fix="name a solid series",
+            )
+        strokes[name] = _Stroke(strokes[other].colour, _DASHES[1])
+    return strokes

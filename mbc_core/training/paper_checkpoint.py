@@ -1,4 +1,4 @@
-"""Checkpoints of `mbc train paper`: weights, moments, codebook statistics, progress, and the weights of its best look."""
+"""Checkpoints of `mbc train paper`: weights, moments, codebook statistics, progress, weights of its best look."""
 
 from __future__ import annotations
 

@@ -11,6 +11,8 @@
         --paper mbc-learned-t12=FOLDER,learned-closed --paper mbc-address-t24=FOLDER,address-closed \\
         --paper mac-t12=FOLDER,learned-closed --encoder MINILM \\
         --keep answers.jsonl --json report.json --markdown report.md
+    # held-out loss of trained models: one line a look, and a plot
+    python -m tests.bench.bench_paper curves learned=FOLDER "MAC + KV-LoRA=FOLDER" --out curves.svg --first 500
 
 CaMeLS, the paper's other online baseline, is left out: it meta-learns a second language model that weighs tokens, by
 differentiating through the first one's gradient steps, which is a training larger than all others here together.
@@ -155,6 +157,22 @@ def run_command(sets: tuple[str, ...], **told: Any) -> None:
     click.echo(text)
 
 
+@main.command("curves")
+@click.argument("runs", nargs=-1, required=True, metavar="NAME=FOLDER...")
+@click.option("--table", "step", type=int, help="A table of the runs' looks at this step, instead of every look.")
+@click.option("--out", type=_FILE, help="Write a plot (SVG) here.")
+@click.option("--first", default=0, show_default=True, help="The plot leaves out looks before this step.")
+def curves_command(runs: tuple[str, ...], step: int | None, out: Path | None, first: int) -> None:
+    """Print the held-out loss of runs of `mbc train paper`, and plot it."""
+    from tests.bench.paper_curves import curve_lines, curve_plot, load_curve, look_table
+
+    curves = [load_curve(name, folder) for name, folder, _ in (_named(given, "NAME=FOLDER") for given in runs)]
+    if out is not None:
+        _write(out, curve_plot(curves, first))
+    lines = [line for curve in curves for line in curve_lines(curve)]
+    click.echo("\n".join(lines) if step is None else look_table(curves, step))
+
+
 def _methods(base: LanguageModel, told: dict[str, Any]) -> Iterator[tuple[Method, Controls]]:
     """The methods that were given what they need, each with its controls."""
     wanted = told["groups"] or GROUPS
@@ -187,12 +205,12 @@ def _papers(base: LanguageModel, told: dict[str, Any]) -> Iterator[tuple[Method,
         yield _paper(base, told, folder, other, shuffled=True), Controls(held)
 
 
-def _named(given: str) -> tuple[str, Path, str]:
+def _named(given: str, hint: str = "--paper") -> tuple[str, Path, str]:
     """``NAME=FOLDER`` or ``NAME=FOLDER,CLOSED`` → its parts; the last is empty when it is not there."""
     name, equals, rest = given.partition("=")
     folder, _, book = rest.partition(",")
     if not equals or not name or not Path(folder).is_dir():
-        raise click.BadParameter(f"{given!r} does not name an existing folder", param_hint="--paper")
+        raise click.BadParameter(f"{given!r} does not name an existing folder", param_hint=hint)
     return name, Path(folder), book
 
 

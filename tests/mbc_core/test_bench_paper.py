@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import xml.etree.ElementTree as ET
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from mbc_core.errors import UsageError
 from mbc_core.evaluation.methods import document_of
 from mbc_core.evaluation.qa_file import QaDocument, QaQuestion, QaSet
 from mbc_core.reader.kv_lora import KVLoraConfig, add_kv_lora, save_adapter
 from mbc_core.reader.language_model import load_language_model
 from mbc_core.training.prepared import load_prepared
 from tests.bench.bench_paper import main
+from tests.bench.paper_curves import load_curve
 from tests.bench.paper_data import passages_of, sample_documents, without_texts, write_prepared
 from tests.mbc_core.prepared_data import write_prepared as write_towns
 from tests.mbc_core.tiny_reader import llama, tokenizer
@@ -140,3 +143,79 @@ def test_repeated_question_rows_stay():
     first, second = passages_of(QaSet.of(documents, asked))
     assert (first.passage_id, first.source, first.questions) == ("s:a", "s", (("p", ("y", "z")),))
     assert second.questions == (("q", ("x",)), ("q", ("w",))) and second.text == "Text b."
+
+
+# ------------------------------------------------------------------------------------------------------------- curves
+
+
+def look(step, loss, of_one=None):
+    told = {"step": step, "held_out_loss": loss, "loss": 9.0}
+    if of_one is not None:
+        told |= {"held_out_shuffled": loss + 0.01, "held_out_loss_of_one": of_one,
+                 "held_out_shuffled_of_one": of_one + 0.5, "held_out_used": 7, "held_out_perplexity": 6.54,
+                 "held_out_different": 0.981}  # fmt: skip
+    return json.dumps(told) + "\n"
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """A finished run, a closed book of another length, and a run that wrote no card."""
+    for name in ("read", "closed", "cut"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "read" / "curve.jsonl").write_text(look(10, 4.0, 3.5) + look(20, 3.0, 2.5))
+    squad = [{"read": name, "f1": f1} for name, f1 in (("aggregate", 11.26), ("bank of 1", 50), ("shuffled", 10))]
+    results = {"squad": squad}
+    (tmp_path / "read" / "card.json").write_text(json.dumps({"finished": True, "steps": 20, "results": results}))
+    (tmp_path / "closed" / "curve.jsonl").write_text(look(10, 3.9) + look(15, 3.4))
+    (tmp_path / "cut" / "curve.jsonl").write_text(look(10, 3.8, 3.7))
+    return tmp_path
+
+
+def named(runs):
+    return [f"{name}={runs / name}" for name in ("read", "closed", "cut")]
+
+
+def test_every_look_of_a_run_is_a_line(runs):
+    assert call("curves", *named(runs)).output.splitlines() == [
+        "read  step    10  16: 4.0000 4.0100  1: 3.5000 4.0000  codes used 7, passages with codes of their own 98.1%",
+        "read  step    20  16: 3.0000 3.0100  1: 2.5000 3.0000  codes used 7, passages with codes of their own 98.1%",
+        "closed  step    10  16: 3.9000",
+        "closed  step    15  16: 3.4000",
+        "cut  step    10  16: 3.8000 3.8100  1: 3.7000 4.2000  codes used 7, passages with codes of their own 98.1%",
+    ]
+
+
+def test_a_table_of_one_step_has_the_runs_that_looked_there(runs):
+    def rows(step):
+        lines = call("curves", *named(runs), "--table", step).output.splitlines()[2:]
+        return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line]
+
+    read = ["3.0000", "3.0100", "2.5000", "3.0000", "7", "6.5", "98.1%", "11.3 / 10.0", "–"]
+    assert rows(20) == [["read", *read]]
+    assert [row[0] for row in rows(10)] == ["read", "closed", "cut"]
+    assert rows(10)[0][-2:] == ["–", "–"]  # it went on after that look: its answers are not that look's
+    assert rows(10)[1] == ["closed", "3.9000", "–", "–", "–", "–", "–", "–", "–", "–"]
+
+
+def test_curves_are_drawn_where_their_steps_are(runs):
+    out = runs / "curves.svg"
+    call("curves", *named(runs), "--out", out)
+    picture = ET.fromstring(out.read_text())
+    lines = picture.findall(".//{*}polyline")
+    assert len(lines) == 10  # in each of two panels: two of `read`, one of `closed`, two of `cut`
+    dashed = [one.get("stroke-dasharray") is not None for one in lines]
+    assert dashed == [False, True, False, False, True] * 2
+    assert lines[0].get("stroke") == lines[1].get("stroke") != lines[2].get("stroke")
+    at = [[float(point.split(",")[0]) for point in one.get("points").split()] for one in lines]
+    assert at[0][0] == at[2][0] == at[3][0] and at[2][1] == pytest.approx((at[0][0] + at[0][1]) / 2, abs=0.11)
+    call("curves", *named(runs)[:2], "--out", out, "--first", 15)
+    points = [one.get("points").split() for one in ET.fromstring(out.read_text()).findall(".//{*}polyline")]
+    assert [len(one) for one in points] == [1, 1, 1] * 2
+
+
+def test_a_folder_without_a_curve_is_named(runs):
+    (runs / "empty").mkdir()
+    with pytest.raises(UsageError, match="there is no curve"):
+        load_curve("empty", runs / "empty")
+    result = CliRunner().invoke(main, ["curves", "nothing"])
+    assert result.exit_code == 2 and "NAME=FOLDER" in result.output

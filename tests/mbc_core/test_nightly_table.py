@@ -213,6 +213,18 @@ def test_lines_stand_where_their_values_are():
     assert "one & two" in texts and "a<b" in texts and "z" in texts
 
 
+def test_a_dashed_line_has_the_colour_of_its_own_and_an_empty_label_is_not_drawn():
+    series = {"a": [0.0, 1.0], "a, other": [1.0, 2.0], "b": [2.0, 3.0]}
+    picture = ET.fromstring(lines_svg([Panel("t", "y", series, {"a, other": "a"})], ["", "2"]))
+    first, other, second = picture.findall(".//{*}polyline")
+    assert first.get("stroke") == other.get("stroke") != second.get("stroke")
+    assert [one.get("stroke-dasharray") for one in (first, other, second)] == [None, "6 3", None]
+    turned = [one.text for one in picture.findall(".//{*}text") if "rotate(-35" in one.get("transform", "")]
+    assert turned == ["2"]
+    with pytest.raises(UsageError, match="takes its colour from a series that is not there"):
+        lines_svg([Panel("t", "y", series, {"a, other": "c"})], ["1", "2"])
+
+
 def test_nothing_to_plot_is_refused():
     for panel, labels in ((Panel("t", "y", {"a": [None]}), ["x"]), (Panel("t", "y", {"a": [1.0]}), ["x", "y"])):
         with pytest.raises(UsageError, match="there is nothing to plot"):
