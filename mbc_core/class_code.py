@@ -33,7 +33,7 @@ class ClassCode:
             beginning. Each row is a complete code, its longest at least eight bits, so that filling never reads as a
             class.
         members: int [n], bits of a symbol's code among its class; 0 when it is alone there.
-        usual: int [C], bits that a class takes by and large, whatever comes before; see :attr:`lengths`.
+        usual: int [C], bits that a class takes by and large, whatever comes before, 1 to 32; see :attr:`lengths`.
 
     Raises:
         ValueError: shapes do not fit together, or lengths make no complete code.
@@ -48,17 +48,19 @@ class ClassCode:
     ) -> None:
         of, inner = np.asarray(classes, dtype=np.int64), np.asarray(members, dtype=np.int64)
         count = int(of.max()) + 1 if len(of) else 0
-        if not count or of.min() < 0 or of.shape != inner.shape or len(np.unique(of)) != count:
+        if not count or of.min() < 0 or not of.shape == inner.shape == (of.size,) or len(np.unique(of)) != count:
             raise ValueError("every symbol needs a class and a length, and every class a symbol")
         if len(transitions) != count + 1 or any(len(row) != count for row in transitions) or len(usual) != count:
             raise ValueError(f"{count} classes need {count + 1} rows of {count} lengths, and {count} usual lengths")
         self.classes, self.usual = of, np.asarray(usual, dtype=np.int64)
         self.transitions = np.asarray(transitions, dtype=np.int64)
         self.members = inner
+        if self.usual.shape != (count,) or self.transitions.shape != (count + 1, count):
+            raise ValueError("lengths of classes are numbers, one each")
+        if self.usual.min() < 1 or self.usual.max() > LONGEST:
+            raise ValueError(f"a class takes at least one bit, and at most {LONGEST}")
         self.lengths: NDArray[np.int64] = self.usual[of] + inner
         """int64 [n]: bits that a symbol takes by and large. What it takes in its place is told by :meth:`after`."""
-        if self.usual.min() < 1:
-            raise ValueError("a class takes at least one bit")
         self._rows = [PrefixCode(row) for row in transitions]
         self._symbols = [np.flatnonzero(of == one).tolist() for one in range(count)]
         self._among = [None if len(own) == 1 else PrefixCode(inner[own], short=True) for own in self._symbols]
@@ -75,9 +77,15 @@ class ClassCode:
         return self._step[row][self._class[symbol]] + self._inner[symbol]
 
     def pack(self, symbols: Sequence[int]) -> bytes:
-        """Bits of ``symbols`` one after the other, filled with ones to whole bytes."""
+        """Bits of ``symbols`` one after the other, filled with ones to whole bytes.
+
+        Raises:
+            ValueError: one is none of 0 … n-1, and would come back as another.
+        """
         value, size, before = 0, 0, None
         for symbol in map(int, symbols):
+            if not 0 <= symbol < len(self._class):
+                raise ValueError(f"{symbol} is no symbol, 0 to {len(self._class) - 1}")
             of, place = self._spelled(before, symbol)
             row = self._behind(before)
             value = value << row.bits[of] | row.codes[of]

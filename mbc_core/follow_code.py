@@ -68,7 +68,8 @@ class Followers:
         """
         if not len(self.leaders) == len(self.levels) == len(self.sizes) or not len(self.leaders):
             raise ValueError("every leader needs a level and a size, and there must be a leader")
-        if self.sizes.min() < 1 or not self.sizes.sum() == len(self.symbols) == len(self.bits):
+        most = len(self.symbols)  # of a list: sizes beyond it could add up to the right sum by overflow
+        if self.sizes.min() < 1 or self.sizes.max() > most or not self.sizes.sum() == most == len(self.bits):
             raise ValueError("every leader needs a follower, and every follower a length")
         if self.levels.min() < 0 or self.levels.max() >= levels:
             raise ValueError(f"levels of leaders must be 0 to {levels - 1}")
@@ -146,7 +147,7 @@ class FollowCode(ClassCode):
         """Bits of ``symbol`` behind ``before`` (None: it is the first)."""
         if before is None:
             return super().after(None, symbol)
-        at = self._at.get(before * len(self._class) + symbol)
+        at = self._at.get(int(before) * len(self._class) + int(symbol))  # a uint16 would overflow
         if at is not None:
             return self._whole[at]
         of, row = self._class[symbol], self._row[before]

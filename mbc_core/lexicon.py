@@ -92,7 +92,7 @@ class Lexicon:
             if fields["format"] == FORMATS[3]:
                 return cls(merges, FollowCode.of_fields(fields["code"]))
             return cls(merges, fields["bits"] if fields["format"] == FORMATS[1] else None)
-        except (ValueError, KeyError, TypeError, OverflowError, OSError, EOFError, zlib.error) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, OSError, EOFError, RecursionError, zlib.error) as error:
             raise DamagedFile(
                 "the lexicon file is damaged",
                 value=str(path),
@@ -139,7 +139,11 @@ class Lexicon:
         return added
 
     def pack(self, ids: Sequence[int]) -> bytes:
-        """Word codes → bytes, as stored in the bank."""
+        """Word codes → bytes, as stored in the bank.
+
+        Raises:
+            ValueError: with a :class:`ClassCode`, an id that this lexicon does not have.
+        """
         return self.code.pack(ids)
 
     def unpack(self, stored: bytes) -> list[int]:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from mbc_core.class_code import ClassCode, sequence_bits
 from mbc_core.errors import DamagedFile
 from mbc_core.prefix_code import LONGEST
-from tests.mbc_core.class_lexicon import UNARY, class_code
+from tests.mbc_core.class_lexicon import UNARY, class_code, follow_code
 
 # Nine classes: 0 to 7 of one symbol each, 8 of three (lengths 1, 2, 2). After class c the nearest code is c's own.
 ROWS = [[UNARY[(place - row) % 9] for place in range(9)] for row in range(9)] + [list(UNARY)]
@@ -213,11 +213,25 @@ def test_what_was_never_seen_has_a_code_all_the_same():
         ({"transitions": [*ROWS[:-1], [LONGEST + 1] * 9]}, "1 to 32 bits"),
         ({"usual": [4] * 8}, "and 9 usual lengths"),
         ({"usual": [4] * 8 + [0]}, "at least one bit"),
+        ({"usual": [4] * 8 + [33]}, "at most 32"),
+        ({"usual": [4] * 8 + [2**63 - 1]}, "at most 32"),
+        ({"usual": [[4]] * 9}, "lengths of classes are numbers, one each"),
+        ({"usual": "444444444"}, "lengths of classes are numbers, one each"),
+        ({"transitions": [[[one] for one in row] for row in ROWS]}, "lengths of classes are numbers, one each"),
+        ({"classes": [[one] for one in range(9)], "members": [[0]] * 9}, "every symbol needs a class and a length"),
     ],
 )
 def test_fields_that_make_no_code_are_refused(change, why):
     with pytest.raises(ValueError, match=why):
         ClassCode.of_fields({**SMALL.fields(), **change})
+
+
+@pytest.mark.parametrize("unknown", [-1, 60, 2**16, -(2**40)])
+@pytest.mark.parametrize("code", [LARGE, follow_code(60)])
+def test_a_number_that_is_no_symbol_is_never_written(code, unknown):
+    for symbols in ([unknown], [0, unknown], [unknown, 0], [0, 1, 2, 60 * 3 + unknown % 60]):
+        with pytest.raises(ValueError, match=r"is no symbol, 0 to 59$"):
+            code.pack(symbols)
 
 
 def test_a_missing_field_is_refused():

@@ -130,6 +130,18 @@ def test_pack_is_the_plain_loops_and_comes_back(symbols):
     assert len(stored) == math.ceil(sequence_bits(LARGE, symbols) / 8)
 
 
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.int64])
+def test_numbers_of_numpy_are_priced_alike(kind):
+    code = follow_code(261)
+    symbols = np.array([250, 255, 3, 250, 0, 249], dtype=kind)
+    assert sequence_bits(code, symbols) == sequence_bits(code, symbols.tolist())
+    leader = np.repeat(code.followers.leaders, code.followers.sizes)
+    pairs = [(one, of) for one, of in zip(leader.tolist(), code.followers.symbols.tolist(), strict=True) if of < 256]
+    assert [code.after(kind(one), kind(of)) for one, of in pairs if one < 256] == [
+        code.after(one, of) for one, of in pairs if one < 256
+    ]
+
+
 @given(SYMBOLS, st.integers(0, 3), st.integers(1, 3))
 def test_codes_of_every_kind_come_back(symbols, seed, levels):
     code = follow_code(60, seed, levels=levels)
@@ -231,6 +243,11 @@ def test_a_planted_mistake_is_seen_by_the_plain_loop():
         ({"followers": [-1, 3, 10, 9]}, "followers must be symbols, 0 to 10, ascending"),
         ({"sizes": [4, 0]}, "every leader needs a follower"),
         ({"sizes": [3, 2]}, "every follower a length"),
+        ({"sizes": [3 + 2**63 - 1, 1]}, "whole numbers|every leader needs a follower"),
+        (
+            {"leaders": [2, 3, 4, 9], "levels": "0000", "sizes": [2**62, 2**62, 2**62, 2**62 + 4]},
+            "every leader needs a follower",
+        ),
         ({"follower_bits": "212"}, "every follower a length"),
         ({"follower_bits": "2121"}, "alone takes no bits in its list"),
         ({"follower_bits": "2220"}, "a leader's followers do not make a complete prefix code"),

@@ -289,6 +289,12 @@ def test_a_damaged_code_with_followers_is_named(tmp_path, change, cause):
     require_damaged(tmp_path, change, cause)
 
 
+def test_a_file_of_brackets_is_damaged(tmp_path):
+    (tmp_path / "bad.json").write_text("[" * 200_000)
+    with pytest.raises(DamagedFile, match="the lexicon file is damaged"):
+        Lexicon.load(tmp_path / "bad.json")
+
+
 def require_damaged(folder, change, cause):
     """Check that ``good.json`` with the ``change`` is refused and says why."""
     fields = json.loads((folder / "good.json").read_text())
@@ -312,3 +318,26 @@ def test_formats_of_before_are_read_as_they_were(tmp_path):
     ):
         lexicon = Lexicon.load(tmp_path / f"{name}.json")
         assert (lexicon.digest, lexicon.pack([256]).hex()) == (digest, stored), name
+
+
+def test_format_4_is_read_as_it_was_first_written(tmp_path):
+    """Banks hold this digest and these bytes; they were told by a plain loop over texts of 0 and 1."""
+    code = {
+        "classes": [one % 9 for one in range(261)],
+        "transitions": ["123456788"] * 10,
+        "members": "4" * 27 + "5" * 234,
+        "usual": [4] * 9,
+        "listed": ["2345678991"] * 9 + ["1234567899"] * 9,
+        "leaders": [0, 256],
+        "levels": "10",
+        "sizes": [3, 1],
+        "followers": [0, 9, 260, 257],
+        "follower_bits": "2210",
+    }
+    fields = {"format": "mbc-lexicon-4", "merges": ["Ġ a", "Ġa b", "Ġ b", "a b", "Ġ 1"], "code": code}
+    (tmp_path / "followers.json").write_text(json.dumps(fields))
+    lexicon = Lexicon.load(tmp_path / "followers.json")
+    assert lexicon.digest == "0a89821b55a01a58f0d1c61bc715f367b654787dff70c9bfaffe7c06a104c1b6"
+    symbols = [256, 257, 0, 260, 0, 0, 9, 256, 257, 258]
+    assert lexicon.pack(symbols).hex() == "f7c0ff81ffbfffbefdff"
+    assert lexicon.unpack(lexicon.pack(symbols)) == symbols
