@@ -147,7 +147,7 @@ def write_card(out: Path, before: Path, coded: Lexicon, data: Prepared) -> dict[
             "codes_at_16_bits": round(plain, 1),
         }
     card: dict[str, object] = {
-        "what": "byte-level BPE lexicon with a Huffman code in classes of entries, with followers: word codes",
+        "what": f"byte-level BPE lexicon with a Huffman code{_kind(coded)}: word codes",
         "entries": len(coded),
         "digest": coded.digest,
         "file_sha256": hashlib.sha256(out.read_bytes()).hexdigest(),
@@ -162,6 +162,13 @@ def write_card(out: Path, before: Path, coded: Lexicon, data: Prepared) -> dict[
     }
     card_path(out).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
     return card
+
+
+def _kind(lexicon: Lexicon) -> str:
+    """What the code knows beside how frequent an entry is."""
+    if isinstance(lexicon.code, FollowCode):
+        return " in classes of entries, with followers"
+    return " in classes of entries" if isinstance(lexicon.code, ClassCode) else ""
 
 
 def _followers(lexicon: Lexicon) -> dict[str, int]:

@@ -1,6 +1,7 @@
 """The word code is counted from kept words: a plain loop, fewer bits than 16, and the command with its card."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -8,13 +9,17 @@ import pytest
 from click.testing import CliRunner
 from prepared_data import write_prepared
 
+from mbc_core import weights
 from mbc_core.class_code import ClassCode
 from mbc_core.cli.train import train
 from mbc_core.errors import UsageError
 from mbc_core.follow_code import FollowCode
 from mbc_core.lexicon import Lexicon
+from mbc_core.training import word_code
 from mbc_core.training.prepared import load_prepared
+from mbc_core.training.word_classes import set_apart, word_classes
 from mbc_core.training.word_code import chosen, kept_at, stored_bits, train_word_code
+from mbc_core.training.word_followers import follow_code
 from mbc_core.words import choose_words
 
 PLAIN = Lexicon([("Ġ", "T"), ("ĠT", "h"), ("o", "u"), ("ou", "n"), ("oun", "d")])
@@ -82,6 +87,33 @@ def test_followers_are_found_in_every_turn(prepared):
     assert train_word_code(data, PLAIN, classes=130).digest == followed.digest
 
 
+def test_every_turn_counts_kept_words_beside_whole_texts_in_the_same_classes(prepared, monkeypatch):
+    data, given, made = load_prepared(prepared), [], []
+
+    def classes_of(*args, **options):
+        made.append(word_classes(*args, **options))
+        return made[-1]
+
+    def spied(kept, whole, classes, *, weight):
+        given.append((kept, whole, classes, weight))
+        return follow_code(kept, whole, classes, weight=weight)
+
+    monkeypatch.setattr(word_code, "word_classes", classes_of)
+    monkeypatch.setattr(word_code, "follow_code", spied)
+    monkeypatch.setattr(word_code, "set_apart", partial(set_apart, least=1.0))
+    train_word_code(data, PLAIN, budgets=(12, 24), classes=130)
+    words, scores = scored(data)
+    first = chosen(words, scores, PLAIN, (12, 24))
+    count = np.bincount(np.concatenate(first), minlength=len(PLAIN)).astype(float)
+    assert len(made) == 1 and len(given) == 2, "classes are found once"
+    assert [one.tolist() for one in given[0][0]] == [one.tolist() for one in first]
+    assert [one.tolist() for one in given[1][0]] != [one.tolist() for one in first], "the first turn's code keeps more"
+    for _, whole, classes, weight in given:
+        texts = [[code for own in PLAIN.encode_words(one) for code in own] for one in words]
+        assert [one.tolist() for one in whole] == texts and weight == 1 / 2
+        assert classes.tolist() == set_apart(made[0], count, least=1.0).tolist() != made[0].tolist()
+
+
 @pytest.mark.parametrize("classes", [1, 128, 262])
 def test_numbers_of_classes_that_cannot_be(prepared, classes):
     with pytest.raises(
@@ -118,10 +150,14 @@ def test_the_command_writes_the_lexicon_and_its_card(prepared, tmp_path):
     assert card["followers"] == {"leaders": len(lists.leaders), "pairs": len(lists.symbols)} and len(lists.leaders) > 1
     done = CliRunner().invoke(train, [*arguments, "--out", str(tmp_path / "classed.json.gz"), "--no-followers"])
     assert done.exit_code == 0, done.output
-    assert json.loads((tmp_path / "classed.card.json").read_text())["followers"] == {"leaders": 0, "pairs": 0}
+    without = json.loads((tmp_path / "classed.card.json").read_text())
+    assert without["followers"] == {"leaders": 0, "pairs": 0}
+    shipped = json.loads(weights.path("lexicon.card.json").read_text())["what"]
+    assert card["what"] == shipped and without["what"] == shipped.replace(", with followers", "")
     classed = Lexicon.load(tmp_path / "classed.json.gz").code
     assert isinstance(classed, ClassCode) and not isinstance(classed, FollowCode)
     done = CliRunner().invoke(train, [*arguments, "--out", str(tmp_path / "alone.json.gz"), "--classes", "0"])
     assert done.exit_code == 0, done.output
-    assert json.loads((tmp_path / "alone.card.json").read_text())["classes"] == 0
+    alone = json.loads((tmp_path / "alone.card.json").read_text())
+    assert alone["classes"] == 0 and alone["what"] == "byte-level BPE lexicon with a Huffman code: word codes"
     assert not isinstance(Lexicon.load(tmp_path / "alone.json.gz").code, ClassCode)
