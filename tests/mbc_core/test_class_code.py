@@ -189,6 +189,13 @@ def test_bits_are_near_the_entropy_of_the_class_bigram_model():
     assert sum(sequence_bits(code, text) for text in fresh) / 6000 < mean + 0.5
 
 
+def test_what_begins_a_text_is_counted_for_the_beginning_alone():
+    code = ClassCode.from_sequences([[7, 0, 1]] * 50, np.arange(150), unseen=0.3, sharing=1.0)
+    assert code.after(None, 7) == 1, "every text begins with it"
+    assert min(code.after(None, 0), code.after(None, 1), code.after(0, 7), code.after(1, 7)) > 1
+    assert (code.after(7, 0), code.after(0, 1)) == (1, 1)
+
+
 def test_what_was_never_seen_has_a_code_all_the_same():
     code = ClassCode.from_sequences([[0, 1], [], [1]], np.arange(300) % 150, unseen=0.3)
     assert code.unpack(code.pack([299, 0, 151, 151])) == [299, 0, 151, 151]

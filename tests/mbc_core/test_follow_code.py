@@ -228,6 +228,7 @@ def test_a_planted_mistake_is_seen_by_the_plain_loop():
         ({"listed": [*LETTERS[:-1], LETTERS[0][:-1]]}, "9 classes need 9 rows of 10 lengths a level"),
         ({"listed": [*LETTERS[:-1], "8" * 10]}, "complete prefix code"),
         ({"listed": [*LETTERS[:-1], "3333334444"]}, "at least 8 bits"),
+        ({"listed": [*LETTERS[:-1], "1334445677"]}, "at least 8 bits"),  # seven ones of filling would be a symbol
         ({"listed": [*LETTERS[:-1], "0123456788"]}, "1 to 32 bits"),
         ({"listed": [*LETTERS[:-1], "123456789é"]}, "letters 0 to 9 and a to w"),
         ({"listed": LETTERS[:9]}, "levels of leaders must be 0 to 0"),
