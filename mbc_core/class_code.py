@@ -175,13 +175,10 @@ class ClassCode:
         Raises:
             ValueError: a code would need more than 32 bits, or fewer than 8 (too few classes).
         """
-        before = [
-            np.concatenate([[len(classes)], np.asarray(one, dtype=np.int64)])[:-1] for one in sequences if len(one)
-        ]
-        after = np.concatenate([np.asarray(one, dtype=np.int64) for one in sequences])
-        return cls.from_pairs(
-            np.concatenate(before), after, np.ones(len(after)), classes, unseen=unseen, sharing=sharing
-        )
+        texts = [np.zeros(0, dtype=np.int64), *(np.asarray(one, dtype=np.int64) for one in sequences)]
+        before = np.concatenate([np.append(len(classes), one)[: len(one)] for one in texts])
+        after = np.concatenate(texts)
+        return cls.from_pairs(before, after, np.ones(len(after)), classes, unseen=unseen, sharing=sharing)
 
     @classmethod
     def from_pairs(

@@ -201,6 +201,9 @@ def test_what_was_never_seen_has_a_code_all_the_same():
     assert code.unpack(code.pack([299, 0, 151, 151])) == [299, 0, 151, 151]
     assert code.after(0, 1) < code.after(0, 2), "seen together"
     assert code.members.tolist() == [1] * 300
+    for nothing in ([], [[], []]):
+        code = ClassCode.from_sequences(nothing, np.arange(300) % 150, unseen=0.3)
+        assert code.unpack(code.pack([299, 0])) == [299, 0] and {code.after(0, one) for one in range(300)} == {8, 9}
 
 
 @pytest.mark.parametrize(
