@@ -22,9 +22,9 @@ from deltalake.exceptions import DeltaError
 from mbc_core.bank import export, inspect, parquet
 from mbc_core.bank import verify as verification
 from mbc_core.bank.codebooks import check_codebook, load_chain, load_codebook, register_codebook, version_rows
-from mbc_core.bank.commit import COMPACTED, ingest_of
 from mbc_core.bank.delta_log import LOADS, create_table, load_table, sorted_files
 from mbc_core.bank.replay import ReplayPolicy, load_policy, sampled
+from mbc_core.bank.slices import COMPACTED, ingest_of
 from mbc_core.bank.storage import Storage, as_storage_error, may_pass
 from mbc_core.bank.tombstones import Tombstones, load_tombstones
 from mbc_core.bank.visible import VisibleKeys, join_documents, newest_revisions, revision_places, titled, visible_keys

@@ -20,8 +20,8 @@ from deltalake import CommitProperties, DeltaTable
 from deltalake.exceptions import CommitFailedError, DeltaError
 from deltalake.transaction import AddAction, RemoveAction
 
-from mbc_core.bank.commit import PreparedFile, write_rows
 from mbc_core.bank.delta_log import files_of
+from mbc_core.bank.slices import PreparedFile, write_rows
 from mbc_core.bank.storage import as_storage_error, may_pass
 from mbc_core.errors import StorageError
 
