@@ -301,7 +301,8 @@ class AdapterRegistry:
         self, base_digest: str, version: str | None, action: str, reason: str, before: list[dict[str, Any]]
     ) -> None:
         """Add a row behind ``before``, the rows that were looked at, or fail when another one came between."""
-        from mbc_core.bank.commit import commit_files, write_rows
+        from mbc_core.bank.commit import commit_files
+        from mbc_core.bank.slices import write_rows
 
         last = int(before[-1]["added_at"].timestamp() * 1e6) if before else 0
         row = {

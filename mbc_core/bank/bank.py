@@ -16,17 +16,18 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-from deltalake import CommitProperties, DeltaTable
-from deltalake.exceptions import DeltaError, TableNotFoundError
+from deltalake import DeltaTable
+from deltalake.exceptions import DeltaError
 
 from mbc_core.bank import export, inspect, parquet
 from mbc_core.bank import verify as verification
 from mbc_core.bank.codebooks import check_codebook, load_chain, load_codebook, register_codebook, version_rows
-from mbc_core.bank.commit import COMPACTED, ingest_of
+from mbc_core.bank.delta_log import LOADS, create_table, load_table, sorted_files
 from mbc_core.bank.replay import ReplayPolicy, load_policy, sampled
-from mbc_core.bank.storage import Storage, as_storage_error, is_refusal, may_pass, plain_cause
+from mbc_core.bank.slices import COMPACTED, ingest_of
+from mbc_core.bank.storage import Storage, as_storage_error, may_pass
 from mbc_core.bank.tombstones import Tombstones, load_tombstones
-from mbc_core.bank.visible import VisibleKeys, join_documents, newest_revisions, revision_places, visible_keys
+from mbc_core.bank.visible import VisibleKeys, join_documents, newest_revisions, revision_places, titled, visible_keys
 from mbc_core.errors import DamagedFile, IncompatibleBank, StorageError, UsageError
 from schemas.manifest import Manifest
 from schemas.tables import TABLES
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     from schemas.results import CompactResult, ForgetResult, InspectResult, VerifiedInspectResult
 
 MANIFEST = "manifest.json"
-_READS, _LOADS = 6, 6
+_READS = 6
 
 Found = TypeVar("Found")
 PASSAGE_DOCUMENT_COLUMNS = ["doc_id", "title", "uri"]
@@ -125,12 +126,12 @@ class Bank:
         check_codebook(manifest, codebook0)
         # On every store only one process writes version 0 of a Delta log, so the ledger's first description decides
         # whose manifest counts when two make the bank at once. manifest.json comes last: a bank that has it is whole.
-        _create_table(storage, "ledger", manifest.to_json())
-        agreed = _load_table(storage, "ledger", 0).metadata().description or ""
+        create_table(storage, "ledger", manifest.to_json())
+        agreed = load_table(storage, "ledger", 0).metadata().description or ""
         bank = cls(storage, Manifest.from_json(agreed, storage.locate("ledger")))
         bank.manifest.require_same(manifest, storage.uri)
         for name in TABLES:
-            _create_table(storage, name, "")
+            create_table(storage, name, "")
         register_codebook(bank, codebook0)
         storage.write_new(MANIFEST, agreed.encode())
         return bank
@@ -142,7 +143,7 @@ class Bank:
             IncompatibleBank: its columns are not those of this release.
             StorageError: it cannot be read.
         """
-        delta = _load_table(self.storage, name, version)
+        delta = load_table(self.storage, name, version)
         found, expected = pa.schema(delta.schema()), TABLES[name]
         if not found.equals(expected):
             raise IncompatibleBank(
@@ -159,19 +160,19 @@ class Bank:
         deltalake reads parts of a log only when they are asked for; when it was cut short meanwhile (`mbc forget`),
         the table is loaded again.
         """
-        for attempt in range(_LOADS):
+        for attempt in range(LOADS):
             delta = self.table(name)
             try:
                 return ask(delta)
             except DeltaError as error:
-                if attempt == _LOADS - 1 or not may_pass(error):
+                if attempt == LOADS - 1 or not may_pass(error):
                     raise as_storage_error(error, "read the log of the table", self.storage.locate(name)) from error
                 time.sleep(0.02 * 2**attempt)
         raise AssertionError("the last attempt returns or raises")
 
     def files(self, table: str) -> list[tuple[str, int]]:
         """(path below the table's folder, bytes) of every file that counts, sorted by path."""
-        return self.look(table, _paths)
+        return self.look(table, sorted_files)
 
     def read_file(self, table: str, path: str, columns: list[str] | None = None) -> pa.Table:
         """One file of a table, its digest checked.
@@ -202,7 +203,7 @@ class Bank:
         wanted = schema if columns is None else pa.schema([schema.field(name) for name in columns])
 
         for attempt in range(_READS):
-            version, files = self.look(table, lambda delta: (delta.version(), _paths(delta)))
+            version, files = self.look(table, lambda delta: (delta.version(), sorted_files(delta)))
             try:
                 parts = [self.read_file(table, path, columns) for path, _ in files if keep is None or keep(path)]
                 return pa.concat_tables([wanted.empty_table(), *parts])
@@ -302,7 +303,7 @@ class Bank:
         codes = self.read("codes")
         codes = codes.filter(pa.array(newest_revisions(codes, as_of)))
         codes = codes.sort_by([("key", "ascending"), ("passage", "ascending")])
-        documents = _titled(self.read("documents", ["key", "added_at", *PASSAGE_DOCUMENT_COLUMNS]))
+        documents = titled(self.read("documents", ["key", "added_at", *PASSAGE_DOCUMENT_COLUMNS]))
         return join_documents(codes, documents, PASSAGE_DOCUMENT_COLUMNS, self.uri)
 
     def replay(self, as_of: int | None = None) -> pa.Table:
@@ -328,7 +329,7 @@ class Bank:
         codes = codes.filter(pa.array(newest_revisions(codes)))
         if keys is not None:
             codes = codes.filter(pc.is_in(codes["key"], pa.array(set(keys), pa.int64())))
-        found = _titled(self.read("documents"))
+        found = titled(self.read("documents"))
         place = np.unique(revision_places(codes, found))
         return {row["key"]: row for row in found.take(pa.array(place[place >= 0], pa.int64())).to_pylist()}
 
@@ -377,18 +378,6 @@ class Bank:
         return export.export(self, out, format, lexicon, as_of)
 
 
-def _paths(delta: DeltaTable) -> list[tuple[str, int]]:
-    """(path, bytes) of every file that counts, sorted."""
-    actions = pa.table(delta.get_add_actions(flatten=True))
-    return sorted(zip(actions["path"].to_pylist(), actions["size_bytes"].to_pylist(), strict=True))
-
-
-def _titled(documents: pa.Table) -> pa.Table:
-    """A null title stands for one that equals the id, or for none: show the id."""
-    titles = pc.coalesce(documents["title"], documents["doc_id"])
-    return documents.set_column(documents.schema.get_field_index("title"), "title", titles)
-
-
 def _read_manifest(storage: Storage) -> Manifest:
     where = storage.locate(MANIFEST)
     try:
@@ -400,66 +389,3 @@ def _read_manifest(storage: Storage) -> Manifest:
             fix="restore manifest.json from a copy; without it the codes have no meaning",
         ) from error
     return Manifest.from_json(text, where)
-
-
-def _create_table(storage: Storage, name: str, description: str) -> None:
-    """Create a Delta table unless it is there; safe when others do the same at the same time."""
-    where, options = storage.locate(name), storage.delta_options() or None
-    try:
-        if DeltaTable.is_deltatable(where, storage_options=options):
-            return
-        if storage.is_local:
-            Path(where).mkdir(parents=True, exist_ok=True)
-        DeltaTable.create(
-            where,
-            TABLES[name],
-            mode="error",
-            description=description or None,
-            storage_options=options,
-            # Without this, the loser of a race writes its description as version 1 over the winner's.
-            commit_properties=CommitProperties(max_commit_retries=0),
-        )
-    except (DeltaError, OSError) as error:
-        if not _is_table(where, options):
-            raise as_storage_error(error, "create the table", where) from error
-
-
-def _is_table(where: str, options: dict[str, str] | None) -> bool:
-    try:
-        return DeltaTable.is_deltatable(where, storage_options=options)
-    except (DeltaError, OSError):
-        return False
-
-
-def _load_steadily(where: str, version: int | None, options: dict[str, str] | None) -> DeltaTable:
-    """Load a table, again when its log was being cut short (`mbc forget`): the checkpoint then has it all."""
-    for attempt in range(_LOADS):
-        try:
-            return DeltaTable(where, version=version, storage_options=options)
-        except (DeltaError, OSError) as error:
-            if version is not None or isinstance(error, TableNotFoundError) or not may_pass(error):
-                raise
-            time.sleep(0.02 * 2**attempt)
-    return DeltaTable(where, version=version, storage_options=options)
-
-
-def _load_table(storage: Storage, name: str, version: int | None = None) -> DeltaTable:
-    where = storage.locate(name)
-    try:
-        return _load_steadily(where, version, storage.delta_options() or None)
-    except TableNotFoundError as error:
-        raise DamagedFile(
-            f"the bank's table {where} is not there",
-            cause="its folder or its _delta_log was removed",
-            fix="restore it from a copy of the bank",
-        ) from error
-    except OSError as error:
-        raise as_storage_error(error, "read the log of the table", where) from error
-    except DeltaError as error:
-        if is_refusal(error):
-            raise as_storage_error(error, "read the log of the table", where) from error
-        raise DamagedFile(
-            f"the log of the bank's table {where} cannot be read",
-            cause=plain_cause(error),
-            fix="restore the files of its _delta_log from a copy of the bank",
-        ) from error

@@ -17,7 +17,8 @@ import numpy as np
 import pyarrow as pa
 
 from mbc_core.bank import parquet
-from mbc_core.bank.commit import check_ingest_id, commit_files, finished_slices, safe_name, write_rows
+from mbc_core.bank.commit import commit_files, finished_slices
+from mbc_core.bank.slices import check_ingest_id, safe_name, write_rows
 from mbc_core.errors import DamagedFile, LostRace, UsageError
 from mbc_core.windows import window_order
 from schemas.manifest import Manifest

@@ -21,9 +21,11 @@ from deltalake import DeltaTable
 
 from mbc_core.bank import replay
 from mbc_core.bank.codebooks import FOLDER, PENDING, drop_folded_statistics, version_rows
-from mbc_core.bank.commit import COMPACTED, PreparedFile, settle_all, write_rows
+from mbc_core.bank.commit import settle_all
+from mbc_core.bank.delta_log import clear_log, files_of
 from mbc_core.bank.inspect import stored_bytes
-from mbc_core.bank.rewrite import clear_log, commit_after, files_of, lost_race, write_note
+from mbc_core.bank.rewrite import commit_after, lost_race, write_note
+from mbc_core.bank.slices import COMPACTED, PreparedFile, write_rows
 from mbc_core.bank.sweep import SAFE_AGE, delete_older, delete_what_holds
 from mbc_core.bank.visible import revision_places
 from mbc_core.errors import UsageError

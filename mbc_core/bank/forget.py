@@ -27,9 +27,10 @@ import pyarrow as pa
 
 from mbc_core.bank.codebooks import PENDING, version_rows
 from mbc_core.bank.commit import settle_all
+from mbc_core.bank.delta_log import clear_log
 from mbc_core.bank.mentions import Mentions
 from mbc_core.bank.refuse import has_key, letter_keys, redacted
-from mbc_core.bank.rewrite import Rewritten, clear_log, rewrite_table
+from mbc_core.bank.rewrite import Rewritten, rewrite_table
 from mbc_core.bank.statistics_files import candidate_keys, without_candidates
 from mbc_core.bank.sweep import delete_what_holds
 from mbc_core.bank.tombstones import (

@@ -16,8 +16,8 @@ import numpy.typing as npt
 import pyarrow as pa
 from deltalake import DeltaTable
 
-from mbc_core.bank.commit import COMPACTED, ingest_of
-from mbc_core.bank.rewrite import files_of
+from mbc_core.bank.delta_log import files_of
+from mbc_core.bank.slices import COMPACTED, ingest_of
 from mbc_core.bank.visible import HASH_BYTES, binary_matrix, hash_pairs, revision_places
 from mbc_core.errors import DamagedFile, StorageError
 

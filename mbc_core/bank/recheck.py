@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 from deltalake import DeltaTable
 
-from mbc_core.bank.commit import Rows, SliceId, SliceRows, begin_slice, ingest_of
+from mbc_core.bank.slices import Rows, SliceId, SliceRows, begin_slice, ingest_of
 from mbc_core.bank.visible import HASH_BYTES, Status, binary_matrix
 from mbc_core.errors import MbcError
 from schemas.tables import TABLES

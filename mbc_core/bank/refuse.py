@@ -14,9 +14,9 @@ import numpy.typing as npt
 import pyarrow as pa
 from deltalake import DeltaTable
 
-from mbc_core.bank.commit import SliceRows
+from mbc_core.bank.delta_log import files_of
 from mbc_core.bank.recheck import losses, read_rows
-from mbc_core.bank.rewrite import files_of
+from mbc_core.bank.slices import SliceRows
 from mbc_core.bank.statistics_files import without_candidates
 from mbc_core.bank.tombstones import Tombstones, load_tombstones, tombstone_files
 from schemas.tables import DEAD_LETTER, FORGOTTEN, FORGOTTEN_MESSAGE

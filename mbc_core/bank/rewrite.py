@@ -1,19 +1,13 @@
-"""Replacing files of a table in one step, and cutting a Delta log short, beside running ingests.
+"""Replacing files of a table in one step, beside running ingests.
 
 deltalake commits added and removed files together, so no reader ever sees a row twice or not at all. But when
 another commit came between, its own retry looks at nothing: a file that is gone would be removed again and its rows
 added twice. Hence :func:`commit_after`: exactly behind the version that was looked at, or not at all.
-
-A log cannot simply lose its old entries either: a writer that had loaded an old version would find the name of the
-next one free, and its commit would be lost. So :func:`clear_log` leaves the names and takes out the contents, and
-what stays stops readers: a protocol that no release knows. Whoever was reading meets an error, never half a table,
-and reads again from the checkpoint.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +20,8 @@ from deltalake import CommitProperties, DeltaTable
 from deltalake.exceptions import CommitFailedError, DeltaError
 from deltalake.transaction import AddAction, RemoveAction
 
-from mbc_core.bank.commit import PreparedFile, write_rows
+from mbc_core.bank.delta_log import files_of
+from mbc_core.bank.slices import PreparedFile, write_rows
 from mbc_core.bank.storage import as_storage_error, may_pass
 from mbc_core.errors import StorageError
 
@@ -37,10 +32,6 @@ REMOVALS = "removals"
 """Folder of the notes that say how many rows of which slice were taken out, so that the ledger can be checked."""
 
 _ATTEMPTS = 12
-_WORTH_A_CHECKPOINT = 20  # entries; a checkpoint is as large as that many
-_STOP = '{"protocol":{"minReaderVersion":99,"minWriterVersion":99}}\n'
-_ENTRY = re.compile(r"(\d{20})\.json")
-_CHECKPOINT = re.compile(r"(\d{20})\.checkpoint\..*parquet")
 
 
 @dataclass
@@ -160,15 +151,6 @@ def lost_race(bank: Bank, table: str) -> StorageError:
     )
 
 
-def files_of(table: DeltaTable) -> dict[str, int]:
-    """Path → bytes of every file that counts."""
-    try:
-        actions = pa.table(table.get_add_actions(flatten=True))
-    except DeltaError as error:
-        raise as_storage_error(error, "read the log of", table.table_uri) from error
-    return dict(zip(actions["path"].to_pylist(), actions["size_bytes"].to_pylist(), strict=True))
-
-
 def _drop_unused(
     bank: Bank, table: str, written: Mapping[str, tuple[PreparedFile | None, pa.Table]], used: object
 ) -> None:
@@ -216,51 +198,3 @@ def removed_rows(bank: Bank) -> dict[int, int]:
         for stamp, count in json.loads(bank.storage.read_bytes(one.path))["codes"].items():
             found[int(stamp)] = found.get(int(stamp), 0) + count
     return found
-
-
-# ------------------------------------------------------------------------------------------------------------ the logs
-
-
-def clear_log(bank: Bank, table: str, *, delete_before: float = 0.0, empty: bool = True) -> int:
-    """Write a checkpoint, and take the contents out of every older entry of the log but for its commit's facts.
-
-    Args:
-        empty: False keeps the contents of entries that are not deleted, and does nothing when few would be.
-        delete_before: entries last written before this time (seconds since the epoch) are deleted. Give a time so
-            long ago that no writer can still have that version loaded.
-
-    Returns:
-        How many entries were emptied or deleted.
-    """
-    folder = f"{table}/_delta_log"
-    if not empty and sum(one.modified < delete_before for one in bank.storage.list(folder)) < _WORTH_A_CHECKPOINT:
-        return 0
-    loaded = bank.table(table)
-    try:
-        loaded.create_checkpoint()
-    except (DeltaError, OSError) as error:
-        raise as_storage_error(error, "write a checkpoint of", bank.storage.locate(table)) from error
-    count = 0
-    for one in bank.storage.list(folder):
-        name = one.path.rsplit("/", 1)[-1]
-        entry, checkpoint = _ENTRY.fullmatch(name), _CHECKPOINT.fullmatch(name)
-        number = int((entry or checkpoint or ["", "-1"])[1])
-        if not 0 <= number < loaded.version():
-            continue
-        if checkpoint or one.modified < delete_before:
-            bank.storage.delete(one.path)
-            count += 1
-        elif empty:
-            count += _empty_entry(bank, one.path)
-    return count
-
-
-def _empty_entry(bank: Bank, path: str) -> bool:
-    """Keep of a log entry what names the run that made it; the files and their statistics go."""
-    text = bank.storage.read_bytes(path).decode()
-    facts = [line for line in text.splitlines(keepends=True) if "commitInfo" in json.loads(line)]
-    emptied = "".join([*(line if line.endswith("\n") else line + "\n" for line in facts), _STOP])
-    if emptied == text:
-        return False
-    bank.storage.replace(path, emptied.encode())
-    return True

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mbc_core.bank.codebooks import PENDING
-from mbc_core.bank.rewrite import files_of
+from mbc_core.bank.delta_log import files_of
 from mbc_core.bank.statistics_files import candidate_keys
 from mbc_core.bank.storage import StoredFile
 from mbc_core.errors import MbcError

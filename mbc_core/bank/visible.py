@@ -142,6 +142,12 @@ def newest_revisions(codes: pa.Table, as_of: int | None = None) -> npt.NDArray[n
     return newest
 
 
+def titled(documents: pa.Table) -> pa.Table:
+    """A null title stands for one that equals the id, or for none: show the id."""
+    titles = pc.coalesce(documents["title"], documents["doc_id"])
+    return documents.set_column(documents.schema.get_field_index("title"), "title", titles)
+
+
 def join_documents(rows: pa.Table, documents: pa.Table, columns: list[str], where: str) -> pa.Table:
     """``rows`` with ``columns`` of the documents row of the same (key, added_at).
 

@@ -15,9 +15,11 @@ from bank_rows import key_of, make_bank, make_slice, numbered, shown
 
 from mbc_core.bank import Bank, SliceId, commit, commit_slice, finished_slices, register_codebook, write_slice_rows
 from mbc_core.bank import compact as compact_module
-from mbc_core.bank.commit import COMPACTED, begin_slice, settle_all
+from mbc_core.bank.commit import settle_all
 from mbc_core.bank.compact import compact, superseded
-from mbc_core.bank.rewrite import clear_log, commit_after, files_of, removed_rows, rewrite_table
+from mbc_core.bank.delta_log import clear_log, files_of
+from mbc_core.bank.rewrite import commit_after, removed_rows, rewrite_table
+from mbc_core.bank.slices import COMPACTED, begin_slice
 from mbc_core.bank.sweep import unreferenced
 from mbc_core.errors import StorageError, UsageError
 from schemas.tables import TABLES

@@ -15,7 +15,16 @@ from hypothesis import strategies as st
 from traces import Planted, traces
 
 from mbc_core.adapters import FILES, AdapterRegistry
-from mbc_core.bank import Bank, SliceId, SliceRows, commit, commit_slice, save_statistics, write_slice_rows
+from mbc_core.bank import (
+    Bank,
+    SliceId,
+    SliceRows,
+    begin_slice,
+    commit,
+    commit_slice,
+    save_statistics,
+    write_slice_rows,
+)
 from mbc_core.bank import forget as forget_module
 from mbc_core.bank.forget import forget, receipt_of, unfinished
 from mbc_core.bank.mentions import Mentions
@@ -181,7 +190,7 @@ def test_the_committer_notices_whenever_the_document_was_forgotten(bank, monkeyp
         return original(bank_, table, *rest)
 
     rows = make_slice("late", "0", [(GONE, "other words"), ("new", "text")], passages=2, dead=1)
-    slice_id = commit.begin_slice(bank, "late", "0")
+    slice_id = begin_slice(bank, "late", "0")
     if as_files:
         rows = prepared(bank, rows, slice_id)
     lookup.payloads += [row["address"] for row in make_slice("x", "0", [(GONE, "other words")]).codes.to_pylist()]
@@ -191,7 +200,7 @@ def test_the_committer_notices_whenever_the_document_was_forgotten(bank, monkeyp
         if as_files:  # forget found the document in the files, and deleted them: the slice is made anew
             with pytest.raises(DamagedFile, match="missing"):
                 commit_slice(bank, rows, "late", "0", slice_id=slice_id)
-            slice_id = commit.begin_slice(bank, "late", "0")
+            slice_id = begin_slice(bank, "late", "0")
             rows = prepared(bank, make_slice("late", "0", [(GONE, "other words"), ("new", "text")], dead=1), slice_id)
     monkeypatch.setattr(commit, "commit_files", in_between)
     given = JudgedAt(bank.table("codes").version()) if judged else None
@@ -200,7 +209,7 @@ def test_the_committer_notices_whenever_the_document_was_forgotten(bank, monkeyp
     except DamagedFile as error:  # the same, in the middle
         assert as_files and "missing" in str(error)
         monkeypatch.undo()
-        slice_id = commit.begin_slice(bank, "late", "0")
+        slice_id = begin_slice(bank, "late", "0")
         rows = prepared(bank, make_slice("late", "0", [(GONE, "other words"), ("new", "text")], dead=1), slice_id)
         assert commit_slice(bank, rows, "late", "0", slice_id=slice_id, judged=given)
     assert told

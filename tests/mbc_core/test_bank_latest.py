@@ -97,7 +97,7 @@ def test_documents_of_runs_that_died_wait_until_codes_name_them(bank):
 
 
 def _dies_at_codes(bank, table, rows, slice_id, shard=0):
-    from mbc_core.bank.commit import stamped, write_rows
+    from mbc_core.bank.slices import stamped, write_rows
 
     if table == "codes":
         raise RuntimeError("died")

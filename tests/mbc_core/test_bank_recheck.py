@@ -10,8 +10,8 @@ from bank_rows import make_bank, make_slice, numbered, shown
 
 from mbc_core.bank import Bank, begin_slice, commit_slice, finished_slices, write_slice_rows
 from mbc_core.bank import commit as commit_module
-from mbc_core.bank.commit import SliceRows
 from mbc_core.bank.recheck import JudgedAt
+from mbc_core.bank.slices import SliceRows
 from mbc_core.errors import StorageError
 
 
@@ -73,7 +73,7 @@ def test_another_content_added_meanwhile_makes_a_revision_that_comes_after_it(ba
 
 
 def test_the_same_moment_on_two_machines_shows_no_passage_twice(bank, monkeypatch):
-    monkeypatch.setattr(commit_module.time, "time_ns", lambda: 1_800_000_000_000_000_000)
+    monkeypatch.setattr("time.time_ns", lambda: 1_800_000_000_000_000_000)
     judged = now(bank)
     begun, files = prepared(bank, make_slice("one", "0", numbered(0, 2, "mine")), "one")
     other, theirs = prepared(bank, make_slice("two", "0", numbered(0, 2, "theirs")), "two")
