@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
+import pytest
 
 from mbc_core.class_code import ClassCode
+from mbc_core.errors import DamagedFile
 from mbc_core.follow_code import FollowCode, Followers
 from mbc_core.lexicon import Lexicon
 from mbc_core.prefix_code import PrefixCode
@@ -61,3 +65,12 @@ def follow_lexicon(seed: int = 0) -> Lexicon:
 def class_lexicon(seed: int = 0) -> Lexicon:
     """Bytes and a few words made of a, b and 1; words of several codes are common."""
     return Lexicon(MERGES, class_code(len(Lexicon(MERGES)), seed))
+
+
+def reads_as(code: ClassCode, stored: bytes, expected: Sequence[int] | None) -> None:
+    """``stored`` is read as the ``expected`` symbols; None: it is damage, and told as such."""
+    if expected is not None:
+        assert code.unpack(stored) == expected
+        return
+    with pytest.raises(DamagedFile, match=f"of a passage are not whole: '{len(stored)} bytes, of which the last"):
+        code.unpack(stored)
