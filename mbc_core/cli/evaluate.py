@@ -301,7 +301,8 @@ def _adapters(base: LanguageModel, told: Options, sheet: Sheet) -> Iterator[tupl
         if own is None and shipped is not None and adapter_base(shipped) == base.digest:
             own, name = shipped, "shipped"
         paper = paper_folder(sheet, base.digest, told.paper, told.reads)
-        yield Adapters(own, told.rival_closed, told.rival_text, _attend(base, told), paper), name
+        attend = _attend(base, told) if told.attend or any(one.adapter == "attend" for one in sheet.shown) else None
+        yield Adapters(own, told.rival_closed, told.rival_text, attend, paper), name
 
 
 def _attend(base: LanguageModel, told: Options) -> Path | None:

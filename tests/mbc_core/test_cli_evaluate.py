@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from mbc_core.cli.evaluate import evaluate
 from mbc_core.evaluation.sheet import Lines, Sheet, Shown, save_sheet
 from mbc_core.reader.language_model import load_language_model
 from tests.mbc_core.test_evaluation_attend import write_weights
@@ -84,6 +85,17 @@ def test_codes_on_a_sheet_are_attended_to_and_missing_weights_are_told(place, tm
     (weights / "projector.safetensors").unlink()
     done = mbc(*told, "--attend", weights)
     assert done.returncode == 1 and "there are no weights for the read `attend`" in done.stderr
+
+
+def test_weights_of_attend_are_not_looked_at_for_a_sheet_without_its_rows(place, monkeypatch):
+    def broken(**given):
+        raise AssertionError("looked at")
+
+    monkeypatch.setattr("mbc_core.defaults.attend_weights", broken)
+    told = ["--from-reads", str(place / "reads.gz"), "--lm", str(place / "lm"), "--device", "cpu"]
+    evaluate.main([*told, "--json"], standalone_mode=False)
+    with pytest.raises(AssertionError, match="looked at"):
+        evaluate.main([*told, "--attend", str(place)], standalone_mode=False)
 
 
 def test_a_damaged_sheet_and_a_missing_model_say_so(place, tmp_path):
