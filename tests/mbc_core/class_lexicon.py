@@ -1,13 +1,13 @@
-"""Codes with few classes, whose neighbours matter a lot: for tests."""
+"""Codes with few classes, whose neighbours matter a lot, and what every class code must do: for tests."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
 
-from mbc_core.class_code import ClassCode
+from mbc_core.class_code import ClassCode, sequence_bits
 from mbc_core.errors import DamagedFile
 from mbc_core.follow_code import FollowCode, Followers
 from mbc_core.lexicon import Lexicon
@@ -74,3 +74,32 @@ def reads_as(code: ClassCode, stored: bytes, expected: Sequence[int] | None) -> 
         return
     with pytest.raises(DamagedFile, match=f"of a passage are not whole: '{len(stored)} bytes, of which the last"):
         code.unpack(stored)
+
+
+def canonical(lengths: list[int]) -> list[str]:
+    """Codes as texts of 0 and 1, told by counting up."""
+    codes, value, before = [""] * len(lengths), 0, 0
+    for length, place in sorted((length, place) for place, length in enumerate(lengths)):
+        value <<= length - before
+        codes[place] = format(value, f"0{length}b")
+        value, before = value + 1, length
+    return codes
+
+
+def every_cut_reads(code: ClassCode, plain_unpack: Callable[[bytes], list[int] | None], symbols: list[int]) -> None:
+    """Bytes of ``symbols``, cut anywhere, are the first of them or damage, as the plain loop says."""
+    stored = code.pack(symbols)
+    for cut in range(len(stored)):
+        expected = plain_unpack(stored[:cut])
+        reads_as(code, stored[:cut], expected)
+        assert expected is None or expected == symbols[: len(expected)]
+
+
+def every_filling_is_passed_over(code: ClassCode, count: int) -> None:
+    """Two symbols of ``count`` come back, whatever number of bits fills the last byte."""
+    seen = set()
+    for first in range(count):
+        for second in range(count):
+            seen.add(-sequence_bits(code, [first, second]) % 8)
+            assert code.unpack(code.pack([first, second])) == [first, second]
+    assert seen == set(range(8))

@@ -14,7 +14,15 @@ from hypothesis import strategies as st
 from mbc_core.class_code import ClassCode, sequence_bits
 from mbc_core.errors import DamagedFile
 from mbc_core.prefix_code import LONGEST
-from tests.mbc_core.class_lexicon import UNARY, class_code, follow_code, reads_as
+from tests.mbc_core.class_lexicon import (
+    UNARY,
+    canonical,
+    class_code,
+    every_cut_reads,
+    every_filling_is_passed_over,
+    follow_code,
+    reads_as,
+)
 
 # Nine classes: 0 to 7 of one symbol each, 8 of three (lengths 1, 2, 2). After class c the nearest code is c's own.
 ROWS = [[UNARY[(place - row) % 9] for place in range(9)] for row in range(9)] + [list(UNARY)]
@@ -38,16 +46,6 @@ def test_bits_of_a_symbol_depend_on_the_class_before():
     assert SMALL.after(9, 10) == 1 + 2 and SMALL.after(None, 8) == 8 + 1
     assert SMALL.lengths.tolist() == [4] * 8 + [5, 6, 6]
     assert sequence_bits(SMALL, [10, 9, 0]) == 10 + 3 + 2 and sequence_bits(SMALL, []) == 0
-
-
-def canonical(lengths: list[int]) -> list[str]:
-    """Codes as texts of 0 and 1, told by counting up."""
-    codes, value, before = [""] * len(lengths), 0, 0
-    for length, place in sorted((length, place) for place, length in enumerate(lengths)):
-        value <<= length - before
-        codes[place] = format(value, f"0{length}b")
-        value, before = value + 1, length
-    return codes
 
 
 def plain_codes(code: ClassCode, before: int | None) -> list[str]:
@@ -108,11 +106,7 @@ def test_any_bytes_are_symbols_of_the_plain_loop_or_damage(stored):
 
 @given(st.lists(st.integers(0, 59), min_size=1, max_size=12))
 def test_every_cut_gives_the_first_symbols_or_damage(symbols):
-    stored = LARGE.pack(symbols)
-    for cut in range(len(stored)):
-        expected = plain_unpack(stored[:cut])
-        reads_as(LARGE, stored[:cut], expected)
-        assert expected is None or expected == symbols[: len(expected)]
+    every_cut_reads(LARGE, plain_unpack, symbols)
 
 
 @given(st.lists(st.integers(0, 59), min_size=1, max_size=12))
@@ -127,13 +121,7 @@ def test_a_zero_in_the_filling_never_goes_unseen(symbols):
 
 
 def test_filling_of_every_length_reads_as_no_symbol():
-    seen = set()
-    for first in range(60):
-        for second in range(60):
-            left = -sequence_bits(LARGE, [first, second]) % 8
-            seen.add(left)
-            assert LARGE.unpack(LARGE.pack([first, second])) == [first, second]
-    assert seen == set(range(8))
+    every_filling_is_passed_over(LARGE, 60)
 
 
 def test_a_code_that_ends_after_its_class_is_damage():

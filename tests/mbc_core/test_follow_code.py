@@ -13,7 +13,14 @@ from hypothesis import strategies as st
 from mbc_core.class_code import ClassCode, sequence_bits
 from mbc_core.errors import DamagedFile
 from mbc_core.follow_code import FollowCode, Followers, lengths_text, read_lengths
-from tests.mbc_core.class_lexicon import UNARY, follow_code, reads_as
+from tests.mbc_core.class_lexicon import (
+    UNARY,
+    canonical,
+    every_cut_reads,
+    every_filling_is_passed_over,
+    follow_code,
+    reads_as,
+)
 
 ROWS = [[UNARY[(place - row) % 9] for place in range(9)] for row in range(9)] + [list(UNARY)]
 # Behind leaders of level 0 "a follower" is 0 and class c is c+1 ones and a zero; of level 1 the sign comes last.
@@ -59,16 +66,6 @@ def test_bits_of_a_symbol_depend_on_the_one_before():
     assert [SMALL.after(9, one) for one in (9, 0, 10)] == [9, 1, 9 + 2]
     assert [SMALL.after(before, 3) for before in (None, 3, 0)] == [4, 1, 4], "as without followers"
     assert sequence_bits(SMALL, [2, 10, 10, 2, 3]) == 3 + 3 + 3 + 4 + 2
-
-
-def canonical(lengths: list[int]) -> list[str]:
-    """Codes as texts of 0 and 1, told by counting up."""
-    codes, value, before = [""] * len(lengths), 0, 0
-    for length, place in sorted((length, place) for place, length in enumerate(lengths)):
-        value <<= length - before
-        codes[place] = format(value, f"0{length}b")
-        value, before = value + 1, length
-    return codes
 
 
 def plain_codes(code: FollowCode, before: int | None) -> tuple[list[str], dict[int, str]]:
@@ -164,11 +161,7 @@ def test_any_bytes_are_symbols_of_the_plain_loop_or_damage(stored):
 
 @given(st.lists(st.integers(0, 59), min_size=1, max_size=12))
 def test_every_cut_gives_the_first_symbols_or_damage(symbols):
-    stored = LARGE.pack(symbols)
-    for cut in range(len(stored)):
-        expected = plain_unpack(stored[:cut])
-        reads_as(LARGE, stored[:cut], expected)
-        assert expected is None or expected == symbols[: len(expected)]
+    every_cut_reads(LARGE, plain_unpack, symbols)
 
 
 def test_a_code_that_ends_after_the_sign_is_damage():
@@ -183,13 +176,7 @@ def test_a_code_that_ends_after_the_sign_is_damage():
 
 
 def test_filling_of_every_length_reads_as_no_symbol():
-    seen = set()
-    for first in range(60):
-        for second in range(60):
-            left = -sequence_bits(LARGE, [first, second]) % 8
-            seen.add(left)
-            assert LARGE.unpack(LARGE.pack([first, second])) == [first, second]
-    assert seen == set(range(8))
+    every_filling_is_passed_over(LARGE, 60)
 
 
 def test_fields_come_back_through_json():
