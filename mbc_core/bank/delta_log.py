@@ -105,8 +105,7 @@ def load_table(storage: Storage, name: str, version: int | None = None) -> Delta
 
 def sorted_files(delta: DeltaTable) -> list[tuple[str, int]]:
     """(path, bytes) of every file that counts, sorted. Errors are deltalake's own, for :meth:`Bank.look` to judge."""
-    actions = pa.table(delta.get_add_actions(flatten=True))
-    return sorted(zip(actions["path"].to_pylist(), actions["size_bytes"].to_pylist(), strict=True))
+    return sorted(_added(delta))
 
 
 def files_of(table: DeltaTable) -> dict[str, int]:
@@ -116,10 +115,15 @@ def files_of(table: DeltaTable) -> dict[str, int]:
         StorageError: the log cannot be read.
     """
     try:
-        actions = pa.table(table.get_add_actions(flatten=True))
+        return dict(_added(table))
     except DeltaError as error:
         raise as_storage_error(error, "read the log of", table.table_uri) from error
-    return dict(zip(actions["path"].to_pylist(), actions["size_bytes"].to_pylist(), strict=True))
+
+
+def _added(table: DeltaTable) -> list[tuple[str, int]]:
+    """(path, bytes) of every file that counts, in the log's order."""
+    actions = pa.table(table.get_add_actions(flatten=True))
+    return list(zip(actions["path"].to_pylist(), actions["size_bytes"].to_pylist(), strict=True))
 
 
 def clear_log(bank: Bank, table: str, *, delete_before: float = 0.0, empty: bool = True) -> int:

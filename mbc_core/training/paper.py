@@ -156,8 +156,7 @@ class PaperTrainer:
     def save(self, folder: Path) -> None:
         """Leave a checkpoint, and the model ready for use."""
         self.calibrate()
-        best = None if self.progress.finished else self.best
-        save_checkpoint(folder, self.parameters, self.buffers, self.optimizer, self.progress, best)
+        save_checkpoint(folder, self.parameters, self.buffers, self.optimizer, self.progress, self.best)
 
     def load(self, folder: Path) -> bool:
         """Take up a checkpoint; False when there is none."""

@@ -49,8 +49,12 @@ class PaperProgress:
 
 def snapshot(parameters: Mapping[str, nn.Parameter], buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copies of everything that learns, on the same device, named as in a checkpoint."""
-    tensors = {f"weights/{name}": one.detach().clone() for name, one in parameters.items()}
-    return tensors | {f"buffers/{name}": one.clone() for name, one in buffers.items()}
+    return {name: one.clone() for name, one in _named(parameters, buffers).items()}
+
+
+def _named(parameters: Mapping[str, nn.Parameter], buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    tensors = {f"weights/{name}": one.detach() for name, one in parameters.items()}
+    return tensors | {f"buffers/{name}": one for name, one in buffers.items()}
 
 
 def restore(
@@ -85,9 +89,7 @@ def save_checkpoint(
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {f"weights/{name}": one.detach() for name, one in parameters.items()}
-    tensors |= {f"buffers/{name}": one for name, one in buffers.items()}
-    tensors |= {f"{_BEST}{name}": one for name, one in (best or {}).items()}
+    tensors = _named(parameters, buffers) | {f"{_BEST}{name}": one for name, one in (best or {}).items()}
     for name, one in parameters.items():
         tensors |= {f"{key}/{name}": held for key, held in optimizer.state[one].items() if key in _MOMENTS}
     file = f"state-{progress.step:08d}.safetensors"
