@@ -97,6 +97,10 @@ def paper_data_command(
 @click.option("--quantize/--no-quantize", default=True, show_default=True, help="Off: MAC's memory of floats.")
 @click.option("--train-encoder/--freeze-encoder", default=True, show_default=True, help="Of learned codes.")
 @click.option("--closed", is_flag=True, help="Train the closed book: the same parts and questions, no memory.")
+@click.option(
+    "--like", type=_FOLDER, default=None,
+    help="Train exactly as long as the finished run in this folder, rates falling when its fell: an equal control.",
+)  # fmt: skip
 @click.option("--rank", type=click.IntRange(1), default=16, show_default=True, help="Of KV-LoRA; alpha is twice it.")
 @click.option("--feed-forward", type=click.IntRange(1), default=768, show_default=True, help="Most hidden units.")
 @click.option("--prefix-hidden", type=click.IntRange(1), default=768, show_default=True)

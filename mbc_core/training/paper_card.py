@@ -41,6 +41,7 @@ def paper_card(trainer: PaperTrainer, data: PaperData, curve: list[dict[str, Any
         "ended_by": progress.ended_by,
         "kept_step": progress.kept or progress.step,
         "converged": progress.ended_by == "flat",
+        "cool_from": progress.cool_from,
         "steps": progress.step,
         "seconds": round(progress.seconds, 1),
         "epochs": round(progress.step / trainer.draw.steps_per_epoch, 2),
@@ -85,6 +86,28 @@ def require_shippable(data: PaperData) -> None:
             value=found,
             cause="their licence is for research only, or unclear",
             fix="leave them out (`mbc train prepare` does), or say --research for weights that are not given away",
+        )
+
+
+def require_same_data(data: PaperData, card: Mapping[str, Any], folder: object) -> None:
+    """Refuse to call a run equal to one on other data.
+
+    Args:
+        card: of the other run, in ``folder``.
+
+    Raises:
+        UsageError: sources, passages, questions, encoder or codebooks differ.
+    """
+    counts = {"passages": int((~data.held_out).sum()), "held_out_passages": int(data.held_out.sum())}
+    own = json.loads(json.dumps({**data.told, **counts, "questions": len(data.rows)}))
+    theirs = card.get("data", {})
+    other = sorted(name for name, one in own.items() if theirs.get(name) != one)
+    if other:
+        raise UsageError(
+            "the data are not those of the run to be like",
+            value=f"{', '.join(other)} differ from {folder}",
+            cause="an equal control is trained on the same passages and questions",
+            fix="name the file that it was trained on",
         )
 
 

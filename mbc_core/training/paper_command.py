@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from numpy.typing import NDArray
 
-from mbc_core.errors import UsageError
+from mbc_core.errors import DamagedFile, UsageError
 from mbc_core.paper.config import PaperConfig
 from mbc_core.paper.files import WEIGHTS_FILE, save_paper_model, set_paper_weights
 from mbc_core.paper.model import PaperModel
@@ -20,12 +20,12 @@ from mbc_core.reader.language_model import LanguageModel, load_language_model
 from mbc_core.reader.prompt import PromptFormat
 from mbc_core.training.paper import PaperTrainer, train_paper
 from mbc_core.training.paper_batches import OnDevice
-from mbc_core.training.paper_card import paper_card, read_curve, require_shippable
+from mbc_core.training.paper_card import paper_card, read_curve, require_same_data, require_shippable
 from mbc_core.training.paper_data import PaperData
 from mbc_core.training.paper_eval import CodeSet, code_set, evaluate_paper
 from mbc_core.training.paper_files import sentence_encoder
 from mbc_core.training.paper_ranks import Ranks
-from mbc_core.training.paper_run import PaperRun
+from mbc_core.training.paper_run import PaperRun, as_long_as
 
 Say = Callable[[str], None]
 _SOFT = 0.3
@@ -56,6 +56,7 @@ class PaperOptions:
     quantize: bool
     train_encoder: bool
     closed: bool
+    like: Path | None
     rank: int
     feed_forward: int
     prefix_hidden: int
@@ -96,12 +97,12 @@ class PaperOptions:
         """Size and speed.
 
         Raises:
-            UsageError: the bank sizes are no numbers.
+            UsageError: the bank sizes are no numbers, or the run cannot equal the one it is to be like.
         """
         parts = [part.strip() for part in self.banks.split(",")]
         if not all(part.isdigit() and int(part) for part in parts):
             raise UsageError("the bank sizes are not a list of numbers", value=self.banks, fix="write such as 1,4,16")
-        return PaperRun(
+        run = PaperRun(
             steps=self.steps or None,
             minutes=self.minutes or None,
             call_minutes=self.call_minutes,
@@ -127,6 +128,7 @@ class PaperOptions:
             compile_layers=self.compile_layers,
             seed=self.seed,
         )
+        return run if self.like is None else as_long_as(run, card_of(self.like), self.like)
 
     def config(self, width: int, encoder_width: int) -> PaperConfig:
         """The model's sizes and switches.
@@ -183,6 +185,8 @@ def run_paper(told: PaperOptions, say: Say) -> dict[str, Any] | None:
     data = PaperData.load(told.data_file)
     if not told.research:
         require_shippable(data)
+    if told.like is not None:
+        require_same_data(data, card_of(told.like), told.like)
     base = load_language_model(told.source, told.gguf_file, dtype=told.precision, device=device)
     model = build_model(told, base)
     if told.start_from is not None:
@@ -201,15 +205,33 @@ def run_paper(told: PaperOptions, say: Say) -> dict[str, Any] | None:
         results = _measure(told, model, data, on_device, base, say) if finished else {}
     stored = (told.out_dir / WEIGHTS_FILE).read_bytes()
     file = {"file_sha256": hashlib.sha256(stored).hexdigest(), "bytes": len(stored)}
-    earlier = {"started_from": _earlier(told.start_from)} if told.start_from is not None else {}
+    earlier: dict[str, Any] = {"started_from": _earlier(told.start_from)} if told.start_from is not None else {}
+    if told.like is not None:
+        earlier["like"] = told.like.name
     card = paper_card(trainer, data, read_curve(told.out_dir), results=results, **earlier, **file)
     (told.out_dir / "card.json").write_text(json.dumps(card, indent=2) + "\n")
     return card
 
 
+def card_of(folder: Path) -> dict[str, Any]:
+    """The card in a folder; empty without one.
+
+    Raises:
+        DamagedFile: it is no card.
+    """
+    path = folder / "card.json"
+    try:
+        card = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    except (OSError, ValueError) as error:
+        raise DamagedFile("a card cannot be read", value=str(path), cause=str(error), fix="train anew") from error
+    if not isinstance(card, dict):
+        raise DamagedFile("a card cannot be read", value=str(path), cause="it is no JSON object", fix="train anew")
+    return card
+
+
 def _earlier(folder: Path) -> dict[str, Any]:
     """What the card of the weights that a run started from says of their training."""
-    card = json.loads((folder / "card.json").read_text()) if (folder / "card.json").exists() else {}
+    card = card_of(folder)
     names = ("file_sha256", "command", "device", "steps", "seconds", "epochs", "finished", "ended_by", "curve", "made")
     return {name: card[name] for name in names if name in card}
 

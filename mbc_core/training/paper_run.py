@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 
+from mbc_core.errors import UsageError
 from mbc_core.training.paper_checkpoint import PaperProgress
 
 _LEAST_LOOKS = 6
+_ROUNDING = 1e-9
+_FREE = ("steps", "minutes", "call_minutes", "cool_down", "flat", "closed")
+"""What may differ between a run and the one it is to equal: how long it takes comes from there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,11 +95,45 @@ def cool_when_due(progress: PaperProgress, run: PaperRun) -> None:
         "minutes": progress.seconds / (60 * run.minutes) if run.minutes else 0.0,
     }
     reason = max(done, key=lambda name: done[name])
-    if done[reason] >= 1 - run.cool_down:
+    if done[reason] >= 1 - run.cool_down - _ROUNDING:
         left = progress.step / done[reason] - progress.step
         begin(progress, reason, round(left))
     elif run.flat is not None and is_flat(_settled(progress.looks, run), run.flat):
         begin(progress, "flat", round(progress.step * run.cool_down / (1 - run.cool_down)))
+
+
+def as_long_as(run: PaperRun, card: Mapping[str, Any], folder: object) -> PaperRun:
+    """``run`` with exactly the steps that a finished run took, its rates falling when those fell: an equal control.
+
+    Args:
+        card: of the finished run.
+        folder: where it lies, for messages.
+
+    Raises:
+        UsageError: it is not finished, does not say when its rates fell, or differs in batches, rates or seed.
+    """
+    if not card.get("finished") or card.get("cool_from") is None:
+        raise UsageError(
+            "there is no finished run to train as long as",
+            value=str(folder),
+            cause="it was cut short" if not card.get("finished") else "its card does not say when its rates fell",
+            fix="finish it first (`mbc train paper` goes on where it was), then name its folder with --like",
+        )
+    own, theirs = asdict(run), card["run"]
+    other = {
+        name: (theirs.get(name), one)
+        for name, one in own.items()
+        if name not in _FREE and theirs.get(name) != (list(one) if isinstance(one, tuple) else one)
+    }
+    if other:
+        raise UsageError(
+            "the run would not equal the one it is to be like",
+            value=", ".join(f"{name} {mine} instead of {its}" for name, (its, mine) in other.items()),
+            cause="batches, rates and seed decide what a run learns, besides its steps",
+            fix=f"give the options that {folder} was trained with",
+        )
+    steps = int(card["steps"])
+    return replace(run, steps=steps, minutes=None, flat=None, cool_down=(steps - int(card["cool_from"])) / steps)
 
 
 def _settled(looks: Sequence[tuple[int, float]], run: PaperRun) -> list[tuple[int, float]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -153,6 +154,37 @@ def test_a_run_may_start_from_the_weights_of_another(files, data, tmp_path):
         == hashlib.sha256((tmp_path / "one" / "paper.safetensors").read_bytes()).hexdigest()
     )
     assert "/" not in card["command"] and card["command"].startswith("mbc train ")
+
+
+def test_a_control_is_trained_exactly_as_long_as_the_run_it_is_like(files, data, tmp_path):
+    arguments = (
+        "paper", files / "data.safetensors", "--encoder", files / "encoder", "--lm", files / "lm", *SMALL,
+        "--codes", "address", "--tokens", SLOTS, "--codebook", files / "codebook.safetensors", "--look-every", 1,
+    )  # fmt: skip
+    model, twin = tmp_path / "model", tmp_path / "twin"
+    call(*arguments, "--steps", 7, "--cool-down", 0.5, "--out", model)
+    call(*arguments, "--like", model, "--closed", "--out", twin)
+    cards = [json.loads((one / "card.json").read_text()) for one in (model, twin)]
+    assert [card["steps"] for card in cards] == [7, 7] and [card["cool_from"] for card in cards] == [4, 4]
+    paces = [[look["pace"] for look in card["curve"]] for card in cards]
+    assert paces[0] == paces[1] and len(set(paces[0])) > 3
+    assert cards[1]["like"] == "model" and cards[1]["what"].endswith("without memory") and "like" not in cards[0]
+
+    def refused(*more):
+        words = (*arguments, "--closed", "--out", tmp_path / "other", *more)
+        return str(CliRunner().invoke(train, [str(word) for word in words]).exception)
+
+    told = refused("--like", model, "--lr", 0.1)
+    assert "would not equal the one" in told and "lr 0.1 instead of 0.0005" in told
+    other = replace(data[1], told={**data[1].told, "encoder": "x"})
+    other.save(tmp_path / "else")
+    words = ("paper", tmp_path / "else", *arguments[2:], "--like", model, "--out", tmp_path / "other")
+    assert "encoder differ from" in str(CliRunner().invoke(train, [str(word) for word in words]).exception)
+    call(*arguments, "--steps", 3, "--call-minutes", 0, "--out", tmp_path / "cut")
+    assert "cut short" in refused("--like", tmp_path / "cut")
+    (tmp_path / "cut" / "card.json").write_text("[")
+    assert "a card cannot be read" in refused("--like", tmp_path / "cut")
+    assert not (tmp_path / "other").exists()
 
 
 def test_wrong_use_is_told(files, data, tmp_path):
