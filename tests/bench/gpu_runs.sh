@@ -86,11 +86,16 @@ lane() { # GPU, words of paper_runs.sh, its environment
 }
 paper() {
   wait_for set_train set_squad set_archivalqa || return
-  lane "$first" lane1 STEPS=9000 MAIN_MINUTES=14 COOL=0.25 GROW=300 CUES=1000 LOOK=250 &
-  lane "$first" lane2 STEPS=6000 ADDRESS_MINUTES=8 COOL=0.4 GROW=200 CUES=600 LOOK=200 &
-  (lane "$last" lane3 STEPS=6000 ADDRESS_MINUTES=8 COOL=0.4 GROW=200 CUES=600 LOOK=200; lane "$last" sweeps JOBS=3) &
-  lane "$last" lane4 STEPS=9000 CLOSED_MINUTES=14 COOL=0.25 LOOK=250 &
-  lane "$first" lane5 STEPS=3000 MAC_MINUTES=6.5 COOL=0.4 &
+  local learned="GROW=300 CUES=1000 LOOK=250 COOL=0.25" address="GROW=150 CUES=400 LOOK=125 COOL=0.4 STEPS=3500 ADDRESS_MINUTES=0"
+  # shellcheck disable=SC2086
+  {
+    lane "$first" lane1 $learned STEPS=8000 MAIN_MINUTES=0 &
+    lane "$first" lane2 $address &
+    (lane "$last" lane3 $address; lane "$last" clips; lane "$last" sweeps JOBS=3) &
+    lane "$last" lane4 $learned &
+    lane "$first" lane5 $learned &
+    lane "$last" lane6 GROW=150 CUES=500 LOOK=125 COOL=0.4 STEPS=3000 MAC_MINUTES=0 &
+  }
   wait
   done_with paper
 }

@@ -4,13 +4,15 @@
 #
 #   DATA=sets LM=SmolLM2 ENCODER=MiniLM MODELS=build/paper CLOSED=adapter TEXT=adapter OUT=build/tables tests/bench/paper_tables.sh
 #
-# MODELS holds folders of `mbc train paper`; those that are not there are left out. PYTHON is the interpreter; EXTRA are
+# MODELS holds folders of `mbc train paper`; those that are not there are left out. SHIPPED is a folder with the release's
+# paper_t12 and paper_t24, for rows of their own beside those of MODELS. PYTHON is the interpreter; EXTRA are
 # more options of `bench_paper run`, such as "--documents 3 --first 2" for a rehearsal, TUNE of `bench_paper tune`.
 set -u
 : "${DATA:?}" "${LM:?}" "${ENCODER:?}" "${MODELS:?}" "${CLOSED:?}" "${TEXT:?}"
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-build/tables}
 EXTRA=${EXTRA:-}
+SHIPPED=${SHIPPED:-}
 TUNE=${TUNE:-}
 mkdir -p "$OUT"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} TOKENIZERS_PARALLELISM=false
@@ -31,10 +33,17 @@ family() {
     if [ -f "$folder/paper.json" ]; then options+=(--paper "${row%%=*}=$folder$book"); fi
   done
 }
-family learned mbc-learned-t12=learned mac-t12=mac mac-kv-lora-t12=mac_kv_lora
+family learned mbc-learned-t12=learned mac-kv-lora-t12=mac_kv_lora
 learned=("${options[@]}")
+family mac mac-t12=mac
+learned+=("${options[@]}")
 family address mbc-address-t12=address_t12 mbc-address-t24=address_t24
 address=("${options[@]}")
+for tokens in 12 24; do
+  if [ -n "$SHIPPED" ] && [ -f "$SHIPPED/paper_t$tokens/paper.json" ]; then
+    address+=(--paper "shipped-address-t$tokens=$SHIPPED/paper_t$tokens")
+  fi
+done
 
 run() { # keep file, further options
   local keep=$1
