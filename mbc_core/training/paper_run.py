@@ -163,6 +163,17 @@ def is_flat(looks: Sequence[tuple[int, float]], least: float) -> bool:
     return after > before * (1 - least)
 
 
+def flat_from(looks: Sequence[tuple[int, float]], run: PaperRun, least: float = 0.002) -> int | None:
+    """The first look at which a run's held-out loss was flat by :func:`is_flat`; None: at none.
+
+    Args:
+        looks: (step, held-out loss), in order; those before the last bank size and the last cue do not count.
+    """
+    settled = _settled(looks, run)
+    flat = (count for count in range(_LEAST_LOOKS, len(settled) + 1) if is_flat(settled[:count], least))
+    return next((settled[count - 1][0] for count in flat), None)
+
+
 def parameter_groups(parameters: dict[str, torch.nn.Parameter], run: PaperRun) -> list[dict[str, object]]:
     """The optimizer's groups: each part with its own learning rate, norms, biases and codewords without decay."""
     groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}

@@ -158,19 +158,28 @@ def run_command(sets: tuple[str, ...], **told: Any) -> None:
 
 
 @main.command("curves")
-@click.argument("runs", nargs=-1, required=True, metavar="NAME=FOLDER...")
+@click.argument("runs", nargs=-1, required=True, metavar="NAME=FOLDER[,CLOSED]...")
+@click.option("--runs", "by_run", is_flag=True, help="A table of the runs, less the closed book that each names.")
 @click.option("--table", "step", type=int, help="A table of the runs' looks at this step, instead of every look.")
 @click.option("--out", type=_FILE, help="Write a plot (SVG) here.")
 @click.option("--first", default=0, show_default=True, help="The plot leaves out looks before this step.")
-def curves_command(runs: tuple[str, ...], step: int | None, out: Path | None, first: int) -> None:
+def curves_command(runs: tuple[str, ...], by_run: bool, step: int | None, out: Path | None, first: int) -> None:
     """Print the held-out loss of runs of `mbc train paper`, and plot it."""
-    from tests.bench.paper_curves import curve_lines, curve_plot, load_curve, look_table
+    from tests.bench.paper_curves import curve_lines, curve_plot, load_curve, look_table, run_table
 
-    curves = [load_curve(name, folder) for name, folder, _ in (_named(given, "NAME=FOLDER") for given in runs)]
+    given = [_named(one, "NAME=FOLDER") for one in runs]
+    curves = [load_curve(name, folder) for name, folder, _ in given]
+    books = {name: book for name, _, book in given if book}
+    if unknown := sorted(set(books.values()) - {name for name, _, _ in given}):
+        raise click.BadParameter(f"{unknown} is not the NAME of a run", param_hint="NAME=FOLDER,CLOSED")
     if out is not None:
         _write(out, curve_plot(curves, first))
-    lines = [line for curve in curves for line in curve_lines(curve)]
-    click.echo("\n".join(lines) if step is None else look_table(curves, step))
+    if by_run:
+        click.echo(run_table(curves, books))
+    elif step is not None:
+        click.echo(look_table(curves, step))
+    else:
+        click.echo("\n".join(line for curve in curves for line in curve_lines(curve)))
 
 
 def _methods(base: LanguageModel, told: dict[str, Any]) -> Iterator[tuple[Method, Controls]]:

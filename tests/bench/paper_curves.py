@@ -11,6 +11,7 @@ from typing import Any
 from mbc_core.errors import UsageError
 from mbc_core.evaluation.line_plot import Panel, lines_svg
 from mbc_core.evaluation.method_report import table
+from mbc_core.training.paper_run import PaperRun, flat_from
 
 _BANKS = (("banks of one passage", "_of_one"), ("banks of 16 passages", ""))
 """What a panel shows, and how a look names it. A closed book has no bank, so it stands in both as the same line."""
@@ -79,6 +80,31 @@ def look_table(curves: Sequence[Curve], step: int) -> str:
     return table(heads, rows)
 
 
+def run_table(curves: Sequence[Curve], books: Mapping[str, str]) -> str:
+    """Every run with its length and the look whose weights it kept, as a Markdown table.
+
+    Args:
+        books: the closed book of a run, by their names; the last two columns are the run's loss less the book's, each
+            at its own kept look.
+    """
+    by_name = {curve.name: curve for curve in curves}
+    rows = []
+    for curve in curves:
+        look, card = _kept(curve), curve.card
+        book = _kept(by_name[books[curve.name]])["held_out_loss"] if curve.name in books else None
+        less = [
+            "–" if book is None or key not in look else f"{look[key] - book:+.4f}"
+            for key in ("held_out_loss", "held_out_loss_of_one")
+        ]
+        rows.append([
+            curve.name, f"{curve.looks[-1]['step']:,}", _told(card, "cool_from"), f"{look['step']:,}", _flat(curve),
+            *(_number(look, key, "{:.4f}") for key in (*_keys(""), *_keys("_of_one"))), *less,
+        ])  # fmt: skip
+    heads = ["run", "steps", "rates fall from", "kept", "flat at", "16: right", "16: other", "1: right", "1: other",
+             "16 − closed", "1 − closed"]  # fmt: skip
+    return table(heads, rows)
+
+
 def curve_plot(curves: Sequence[Curve], first: int = 0) -> str:
     """An SVG picture of the held-out loss against the step: solid with the right bank, dashed with another one.
 
@@ -103,6 +129,27 @@ def curve_plot(curves: Sequence[Curve], first: int = 0) -> str:
                 series[curve.name + _OTHER] = _placed(curve, f"held_out_shuffled{which}", first, len(labels))
         panels.append(Panel(f"Held-out loss by step: {says}", "nats a token of the answer", series, dashed))
     return lines_svg(panels, labels)
+
+
+def _kept(curve: Curve) -> Mapping[str, Any]:
+    """The look whose weights a run kept; its last one when it was cut off before it said."""
+    step = curve.card.get("kept_step", curve.looks[-1]["step"])
+    return next((look for look in curve.looks if look["step"] == step), curve.looks[-1])
+
+
+def _flat(curve: Curve) -> str:
+    """Where the looks at the full rates were first flat by the rule of `mbc train paper --flat`."""
+    if "run" not in curve.card:
+        return "–"
+    run = PaperRun(**{**curve.card["run"], "banks": tuple(curve.card["run"]["banks"])})
+    falls = curve.card.get("cool_from")
+    looks = [(one["step"], one["held_out_loss"]) for one in curve.looks if falls is None or one["step"] <= falls]
+    step = flat_from(looks, run)
+    return "no" if step is None else f"{step:,}"
+
+
+def _told(card: Mapping[str, Any], name: str) -> str:
+    return f"{card[name]:,}" if card.get(name) is not None else "–"
 
 
 def _placed(curve: Curve, key: str, first: int, places: int) -> list[float | None]:

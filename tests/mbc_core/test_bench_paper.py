@@ -197,6 +197,30 @@ def test_a_table_of_one_step_has_the_runs_that_looked_there(runs):
     assert rows(10)[1] == ["closed", "3.9000", "–", "–", "–", "–", "–", "–", "–", "–"]
 
 
+def test_a_table_of_runs_has_the_kept_look_and_what_the_closed_book_does_not_know(runs):
+    def cells(*words):
+        lines = call("curves", *words, "--runs").output.splitlines()[2:]
+        return {line.split("|")[1].strip(): [one.strip() for one in line.split("|")[2:-1]] for line in lines if line}
+
+    read, closed, cut = named(runs)
+    found = cells(f"{read},closed", closed, cut)
+    assert found["read"] == ["20", "–", "20", "–", "3.0000", "3.0100", "2.5000", "3.0000", "-0.4000", "-0.9000"]
+    assert found["closed"] == ["15", "–", "15", "–", "3.4000", "–", "–", "–", "–", "–"]
+    assert found["cut"][-2:] == ["–", "–"]
+    losses = [4.0, 3.5, 3.2, 3.2, 3.1995, 3.21, 3.22, 3.3, 2.0]
+    looks = "".join(look(10 * place, loss, 3.0) for place, loss in enumerate(losses, 1))
+    (runs / "read" / "curve.jsonl").write_text(looks)
+    card = {"run": {"grow_every": 5, "banks": [1, 4], "cue_steps": 0}, "cool_from": 80, "kept_step": 50, "steps": 90}
+    (runs / "read" / "card.json").write_text(json.dumps(card))
+    # settled from step 5 on; of looks 10 to 60 those after 43 1/3 improve by .0005 on 3.2, less than .2%
+    assert cells(read)["read"] == ["90", "80", "50", "60", "3.1995", "3.2095", "3.0000", "3.5000", "–", "–"]
+    card["cool_from"] = 50
+    (runs / "read" / "card.json").write_text(json.dumps(card))
+    assert cells(read)["read"][3] == "no"  # looks at falling rates say nothing of being flat
+    result = CliRunner().invoke(main, ["curves", f"{read},nobody", "--runs"])
+    assert result.exit_code == 2 and "nobody" in result.output
+
+
 def test_curves_are_drawn_where_their_steps_are(runs):
     out = runs / "curves.svg"
     call("curves", *named(runs), "--out", out)
