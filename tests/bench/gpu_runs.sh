@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that a release's weights and tables need from GPUs, side by side on the cards of one machine: both rivals, `attend` and
 # its closed book, the paper's models and sweeps, and all answers. Steps wait for one another; run it again to go on where it was
-# cut off: trainings resume, kept answers are not asked again. Two H200 take 27 minutes.
+# cut off: trainings resume, kept answers are not asked again. Two H200 take about 40 minutes (its parts were run, not the whole).
 #
 #   tests/bench/eval_sheets.sh …                 # before, where banks can be built: the question sheets
 #   WORK=build/gpu TRAIN=qa_train.jsonl.gz PLAIN="news.jsonl leads.jsonl" SQUAD=qa_dev.jsonl.gz DATED=qa_stream_dated.jsonl.gz \
@@ -15,7 +15,7 @@
 set -u
 : "${WORK:?}" "${TRAIN:?}" "${SQUAD:?}" "${DATED:?}" "${ENCODER:?}" "${LM:?}" "${SHEETS:?}"
 PYTHON=${PYTHON:-python3} DEVICE=${DEVICE:-cuda} STEPS=${STEPS:-800} PLAIN=${PLAIN:-} SETS_DATA=${SETS_DATA:-}
-ATTEND_MINUTES=${ATTEND_MINUTES:-7.5} PAPER_SECONDS=${PAPER_SECONDS:-1150} WEIGHTS=${WEIGHTS:-mbc_core/weights}
+ATTEND_MINUTES=${ATTEND_MINUTES:-7.5} PAPER_SECONDS=${PAPER_SECONDS:-1700} WEIGHTS=${WEIGHTS:-mbc_core/weights}
 read -ra gpus <<<"${GPUS:-$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | tr '\n' ' ')}"
 first=${gpus[0]:-} last=${gpus[*]: -1}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} TOKENIZERS_PARALLELISM=false TORCHINDUCTOR_COMPILE_THREADS=4
@@ -86,15 +86,17 @@ lane() { # GPU, words of paper_runs.sh, its environment
 }
 paper() {
   wait_for set_train set_squad set_archivalqa || return
-  local learned="GROW=300 CUES=1000 LOOK=250 COOL=0.25" address="GROW=150 CUES=400 LOOK=125 COOL=0.4 STEPS=3500 ADDRESS_MINUTES=0"
+  local learned="STEPS=3300 FLAT=0 MAIN_MINUTES=0 LORA_LR=7e-4 COOL=0.25 GROW=200 CUES=600 LOOK=250"
+  local address="STEPS=4000 FLAT=0 ADDRESS_MINUTES=0 COOL=0.2 GROW=150 CUES=400 LOOK=200"
+  local mac="STEPS=2500 FLAT=0 MAC_MINUTES=0 LORA_LR=7e-4 COOL=0.4 GROW=150 CUES=500 LOOK=250"
   # shellcheck disable=SC2086
   {
-    lane "$first" lane1 $learned STEPS=8000 MAIN_MINUTES=0 &
+    lane "$first" lane1 $learned &
     lane "$first" lane2 $address &
     (lane "$last" lane3 $address; lane "$last" clips; lane "$last" sweeps JOBS=3) &
     lane "$last" lane4 $learned &
     lane "$first" lane5 $learned &
-    lane "$last" lane6 GROW=150 CUES=500 LOOK=125 COOL=0.4 STEPS=3000 MAC_MINUTES=0 &
+    lane "$last" lane6 $mac &
   }
   wait
   done_with paper

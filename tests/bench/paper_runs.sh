@@ -43,8 +43,8 @@ run() {
   echo "$(date +%T) $name $(tail -c 200 "$OUT/$name.out")"
 }
 
-# One limit for all gradients and a slow beta2 serve address codes better (see `clips` in results/paper.txt); learned ones
-# were thrown back with them, since their passages' gradients rule the common norm.
+# One limit for all gradients and a slow beta2 serve address codes a little better (`clips` in results/paper.txt); learned
+# ones were thrown back with them, since their passages' gradients rule the common norm.
 address="--codes address --rank 12 --prefix-hidden 512 --slot-marks"
 address12_plain="$address --tokens 12 --codebook $WEIGHTS/codebook_t12.safetensors"
 address="$address --burst ${ADDRESS_BURST:-0} --beta2 ${ADDRESS_BETA2:-0.999}"
@@ -59,7 +59,7 @@ learned="$learned --lr ${LR:-3e-4} --lora-lr ${LORA_LR:-4e-4} --beta2 ${BETA2:-0
 # Small banks first, and words asked for before answers: without them no code was read after 200 steps. The rates fall
 # over the second half of STEPS, or of a run's minutes where a slow machine makes those come first.
 course="--steps $STEPS --cool-down ${COOL:-0.5} --banks 1,4,16,64 --grow-every ${GROW:-150} --cue-steps ${CUES:-500}"
-course="$course --look-every ${LOOK:-125}"
+course="$course --look-every ${LOOK:-125} --flat ${FLAT:-0.002}"
 fixed="--steps $SWEEP --cool-down 0.3 --flat 0 --minutes 0 --look-every 100 --banks 1,4,16,64 --grow-every 60"
 fixed="$fixed --cue-steps 200"
 
