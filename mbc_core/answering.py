@@ -187,8 +187,9 @@ class Reader:
         Args:
             k: how many passages are recalled.
             read: ``recall`` puts the words of the passages before the question; ``attend`` reads the vectors that
-                their addresses stand for, and no words; ``aggregate`` reads the codes of the whole bank at once and
-                recalls no passage, so its answers name no sources; ``closed`` asks the model alone.
+                their addresses stand for, each passage in a prompt of its own, and no words; ``aggregate`` reads the
+                codes of the whole bank at once and recalls no passage, so its answers name no sources; ``closed``
+                asks the model alone.
 
         Raises:
             UsageError: an empty or far too long question, an unknown read, or k below 1.
@@ -200,7 +201,8 @@ class Reader:
         if read == "attend":
             recalled, vectors, asked = self.memory.recall_vectors(questions, k)
             between = time.perf_counter()
-            answers = self.attend.answer(vectors, questions, asked)
+            scores = [[one.score for one in found] for found in recalled]
+            answers = self.attend.answer(vectors, questions, asked, scores)
         elif read == "aggregate":
             memory = self.aggregate.memory(self.histogram, self.bank)
             embeddings = self._question_encoder.encode_questions(questions)

@@ -67,13 +67,16 @@ class AddressIndex:
         Returns:
             rows int64 [q, min(k, n)], best first.
         """
+        return self.nearest_scored(questions, k)[1]
+
+    def nearest_scored(self, questions: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """As :meth:`nearest`, with the scores before the rows: float32 [q, min(k, n)]."""
         k = min(k, len(self))
         if not len(questions):
-            return np.zeros((0, k), dtype=np.int64)
+            return np.zeros((0, k), dtype=np.float32), np.zeros((0, k), dtype=np.int64)
         asked = to_slots(questions, self.rotation, self.slots)
         if self._map is not None:
             asked = self._map.apply(asked)
         turned = torch.from_numpy(asked).to(self.device)
-        _, rows = nearest_by_code(turned, self._codes, self._codewords, k, length_weights=self._weights)
-        found: NDArray[np.int64] = rows.cpu().numpy()
-        return found
+        scores, rows = nearest_by_code(turned, self._codes, self._codewords, k, length_weights=self._weights)
+        return scores.float().cpu().numpy(), rows.cpu().numpy()

@@ -177,7 +177,7 @@ def _answer(
         codes = ShownCodes.from_json(sheet.codes or {})
         predictions, prompts = answer_attend(
             model, projector, form, [codes.passages(lines) for lines in sheet.memory(shown)], asked,
-            codes.asked(shown.questions), max_tokens=room, batch_tokens=batch_tokens, progress=progress,
+            codes.asked(shown.questions), shown.scores, max_tokens=room, batch_tokens=batch_tokens, progress=progress,
         )  # fmt: skip
     else:
         prompts = [form.build(lines, asked[place], room) for place, lines in enumerate(sheet.memory(shown))]

@@ -94,10 +94,15 @@ class Asker:
         Args:
             rerank: look again by word codes, where the bank has them; else by address code alone.
         """
+        _, rows, spent = self._search(view, depth, rerank=rerank)
+        return rows, spent
+
+    def _search(self, view: BankView, depth: int, *, rerank: bool) -> tuple[NDArray[np.float32], Int64, float]:
+        """Scores float32 of the same shape, and what :meth:`search` returns."""
         embeddings, encoding = self._questions
         began = time.perf_counter()
-        _, rows = view.memory.search(embeddings, depth, questions=self._asked if rerank else None)
-        return rows, encoding + 1e3 * (time.perf_counter() - began) / max(1, len(self.places))
+        scores, rows = view.memory.search(embeddings, depth, questions=self._asked if rerank else None)
+        return scores, rows, encoding + 1e3 * (time.perf_counter() - began) / max(1, len(self.places))
 
     def recall_figures(self, view: BankView) -> RecallFigures:
         """R@k of this bank's addresses, alone and re-ranked, beside the float's when every text is known."""
@@ -126,10 +131,10 @@ class Asker:
             texts: what full text takes; needed by reads of full text only.
         """
         deepest = max(self.wanted.ks)
-        found, spent = self.search(view, deepest)
+        scores, found, spent = self._search(view, deepest, rerank=True)
         by_code, code_ms = found, spent
         if view.has_words and any(READS[read].store == "address" for read in reads):
-            by_code, code_ms = self.search(view, deepest, rerank=False)  # it has no words to look again by
+            scores, by_code, code_ms = self._search(view, deepest, rerank=False)  # it has no words to look again by
         stores = _Stores(view, texts)
         right = view.right[list(self.places)]
         shown = []
@@ -160,6 +165,7 @@ class Asker:
                         [self.lines.places(line(row) for row in one) for one in rows],
                         size + (code_size(view.slots) if searched or by_address else 0.0),
                         (code_ms if by_address else spent) if searched else 0.0,
+                        scores=_of(scores, rows) if by_address and searched and k > 1 else None,
                     )
                 )
         return shown
@@ -175,6 +181,11 @@ class Asker:
     def shown_codes(self, view: BankView) -> ShownCodes:
         """What reads of ``view`` by address codes are decoded with."""
         return ShownCodes.of(view.memory, self.places, self._questions[0])
+
+
+def _of(scores: NDArray[np.float32], rows: Sequence[Sequence[int]]) -> list[list[float]]:
+    """Scores of the places that are shown; a shuffled passage is given that of the one it stands for."""
+    return [[round(float(one), 5) for one in own[: len(shown)]] for own, shown in zip(scores, rows, strict=True)]
 
 
 def _profile(view: BankView, read: str) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from mbc_core.errors import StorageError
@@ -68,7 +67,7 @@ def made_of(sheet: Sheet, shown: Shown, base_digest: str, adapter: Path | None, 
         asking: how it is asked: limits, and the ids of a prompt, which change with its form.
     """
     digest = hashlib.sha256()
-    parts = (asdict(shown), [sheet.questions[place] for place in shown.questions], sheet.memory(shown))
+    parts = (shown.fields(), [sheet.questions[place] for place in shown.questions], sheet.memory(shown))
     digest.update(json.dumps([*parts, base_digest, list(asking)], default=str).encode())
     if READS[shown.read].store in ("address", "histogram"):
         digest.update(json.dumps(sheet.codes, sort_keys=True).encode())

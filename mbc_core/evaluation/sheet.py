@@ -84,6 +84,8 @@ class Shown:
         bytes_per_passage: what a store for this read keeps.
         recall_ms: a question, encoding and search.
         documents: how many the stream had brought when it was asked; None outside the retention protocol.
+        scores: for each question those that the lines' passages were found with, where each is read in a prompt of
+            its own; None where they stand in one.
     """
 
     read: str
@@ -94,6 +96,14 @@ class Shown:
     bytes_per_passage: float
     recall_ms: float
     documents: int | None = None
+    scores: list[list[float]] | None = None
+
+    def fields(self) -> dict[str, Any]:
+        """JSON values; without scores as releases that know none write and read it."""
+        told = asdict(self)
+        if self.scores is None:
+            del told["scores"]
+        return told
 
     @property
     def adapter(self) -> Adapter:
@@ -146,7 +156,7 @@ def save_sheet(path: Path, sheet: Sheet) -> None:
     Raises:
         StorageError: the file cannot be written.
     """
-    told = {"format": FORMAT, **asdict(sheet)}
+    told = {"format": FORMAT, **asdict(sheet), "shown": [one.fields() for one in sheet.shown]}
     if sheet.codes is None:
         del told["codes"]  # as releases without it write and read it
     write_whole(path, gzip.compress(json.dumps(told, ensure_ascii=False).encode(), mtime=0), "question sheet")
@@ -206,6 +216,8 @@ def _require_whole(sheet: Sheet) -> None:
     for one in sheet.shown:
         if one.read not in READS or len(one.questions) != len(one.lines):
             raise ValueError(f"the read {one.read!r} is unknown or not whole")
+        if one.scores is not None and [len(found) for found in one.scores] != [len(found) for found in one.lines]:
+            raise ValueError(f"the read {one.read!r} has other scores than lines")
         if READS[one.read].store in ("address", "histogram") and sheet.codes is None:
             raise ValueError(f"the read {one.read!r} lacks the codebooks")
         if max(one.questions, default=0) >= len(sheet.questions):

@@ -1,4 +1,8 @@
-"""Prompts of the attend read: where a memory line would stand, soft tokens and a line break; and their answers."""
+"""Prompts of the attend read: where a memory line would stand, soft tokens and a line break; and their answers.
+
+Several passages whose scores are known get a prompt each, see :mod:`mbc_core.reader.attend_mixture`; without scores
+they stand in one prompt, best first.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,7 @@ from torch import Tensor
 from mbc_core.codes import Float32
 from mbc_core.errors import UsageError
 from mbc_core.reader.attend import AttendProjector
+from mbc_core.reader.attend_mixture import passage_weights
 from mbc_core.reader.generate import NEW_TOKENS, Embed, answer_prompts
 from mbc_core.reader.language_model import LanguageModel
 from mbc_core.reader.prompt import MAX_PROMPT_TOKENS, Prompt, PromptFormat
@@ -132,6 +137,7 @@ def answer_attend(
     passages: Sequence[Float32],
     questions: Sequence[str],
     question_vectors: Float32,
+    scores: Sequence[Sequence[float]] | None = None,
     *,
     max_tokens: int = MAX_PROMPT_TOKENS,
     new_tokens: int = NEW_TOKENS,
@@ -142,28 +148,48 @@ def answer_attend(
 
     Args:
         passages, question_vectors: as :func:`read_vectors` takes them.
+        scores: for each question those of its passages; each passage is then read in a prompt of its own. None:
+            all stand in one prompt. One passage or none is read the same either way.
         max_tokens: of a prompt; passages go, the last ones first, never the question.
 
     Returns:
-        the answers, and the prompts that were read.
+        the answers, and what was read for each question: the ids of its prompts one after the other.
 
     Raises:
-        UsageError: vectors of another width, or a question that is too long.
+        UsageError: vectors of another width, other scores than passages, or a question that is too long.
     """
-    embeddings = language_model.model.get_input_embeddings().weight
-    soft = read_vectors(projector, passages, question_vectors, embeddings)
+    soft = read_vectors(projector, passages, question_vectors, language_model.model.get_input_embeddings().weight)
+    tied = _tied(passages, scores)
+    shown = [list(torch.split(found, 1)) if tied is not None and len(found) else [found] for found in soft]
     size, pad = projector.config.soft_tokens, language_model.pad_id
     prompts = [
-        attend_prompt(form, len(found), question, size, pad, max_tokens)
-        for found, question in zip(passages, questions, strict=True)
+        [attend_prompt(form, len(lines), question, size, pad, max_tokens) for lines in own]
+        for own, question in zip(shown, questions, strict=True)
     ]
+    every = [one for own in prompts for one in own]
     answers = answer_prompts(
         language_model,
         form,
-        [one.ids for one in prompts],
+        [one.ids for one in every],
         new_tokens=new_tokens,
         batch_tokens=batch_tokens,
         progress=progress,
-        embed=soft_embedding(language_model, form, prompts, soft),
+        embed=soft_embedding(language_model, form, every, [lines for own in shown for lines in own]),
+        tied=tied,
     )
-    return answers, prompts
+    return answers, [Prompt([i for one in own for i in one.ids], sum(one.lines for one in own)) for own in prompts]
+
+
+def _tied(passages: Sequence[Float32], scores: Sequence[Sequence[float]] | None) -> list[list[float]] | None:
+    """Weights of each question's prompts; None where no question has several."""
+    if scores is None or all(len(found) <= 1 for found in passages):
+        return None
+    counts = [len(found) for found in passages]
+    if [len(one) for one in scores] != counts:
+        raise UsageError(
+            "the scores do not fit the passages",
+            value=f"{[len(one) for one in scores][:8]} scores, {counts[:8]} passages",
+            cause="every passage needs the score that it was found with",
+            fix="give a list of scores a question, in the order of its passages",
+        )
+    return [passage_weights(one) or [1.0] for one in scores]

@@ -41,15 +41,22 @@ class AttendReader:
         self.language_model = replace(base, model=model.eval())
         self._form = PromptFormat(base.tokenizer)
 
-    def answer(self, passages: Sequence[Float32], questions: Sequence[str], vectors: Float32) -> list[str]:
+    def answer(
+        self,
+        passages: Sequence[Float32],
+        questions: Sequence[str],
+        vectors: Float32,
+        scores: Sequence[Sequence[float]] | None = None,
+    ) -> list[str]:
         """Answers to questions with the vectors of their passages, best first, before them.
 
         Args:
             passages: for each question x̂ of its passages, float32 [k, d].
             vectors: q, float32 [n, d], unit norm.
+            scores: that the passages were found with, see :func:`mbc_core.reader.attend_prompt.answer_attend`.
         """
         room = prompt_room(self.language_model)
         answers, _ = answer_attend(
-            self.language_model, self.projector, self._form, passages, questions, vectors, max_tokens=room
+            self.language_model, self.projector, self._form, passages, questions, vectors, scores, max_tokens=room
         )
         return answers

@@ -1,5 +1,8 @@
 """Greedy answers, in batches sorted by length; with a key and value prefix of every layer, if one is given.
 
+Prompts may be tied: those of one question, each with another passage, go on with the same token, the likeliest of the
+weighted mean of their distributions (RAG-token, Lewis et al. 2020).
+
 In float32 a question gets the same answer alone and in company; in bfloat16 padding may tip a near tie.
 """
 
@@ -7,11 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import accumulate
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+from mbc_core.errors import UsageError
 from mbc_core.reader.language_model import LanguageModel
 from mbc_core.reader.prefix_cache import Pairs, prefix_cache
 from mbc_core.reader.prompt import PromptFormat
@@ -34,6 +39,7 @@ def answer_prompts(
     progress: Callable[[int], None] | None = None,
     embed: Embed | None = None,
     prefixes: Callable[[Sequence[int]], Pairs] | None = None,
+    tied: Sequence[Sequence[float]] | None = None,
 ) -> list[str]:
     """Greedy continuations of the prompts, cut at end of text or line break.
 
@@ -41,31 +47,40 @@ def answer_prompts(
         prompts: token ids of each prompt.
         new_tokens: most tokens an answer may have.
         batch_tokens: most tokens of a batch, padding included; None is what suits the device.
-        progress: told how many more prompts are done.
+        progress: told how many more answers are done.
         embed: input embeddings of a batch, where ids alone do not say them (soft tokens); None looks the ids up.
         prefixes: places of the prompts in a batch → their prefix (see :func:`greedy`).
+        tied: see :func:`greedy`; the prompts of one question are never parted.
 
     Returns:
-        one answer a prompt, in the given order.
+        one answer a prompt, or a question if prompts are tied, in the given order.
+
+    Raises:
+        UsageError: other weights than prompts.
     """
     if batch_tokens is None:
         batch_tokens = _GPU_TOKENS if language_model.device.type == "cuda" else _CPU_TOKENS
-    order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
-    answers = [""] * len(prompts)
+    questions = _tied_places(len(prompts), tied)
+    longest = [max(len(prompts[place]) for place in places) for places in questions]
+    order = sorted(range(len(questions)), key=longest.__getitem__)
+    answers = [""] * len(questions)
     start = 0
     while start < len(order):
-        stop = start + 1
-        while stop < len(order) and (stop + 1 - start) * len(prompts[order[stop]]) <= batch_tokens:
+        stop, rows = start + 1, len(questions[order[start]])
+        while stop < len(order) and (rows + len(questions[order[stop]])) * longest[order[stop]] <= batch_tokens:
+            rows += len(questions[order[stop]])
             stop += 1
-        places = order[start:stop]
+        chosen = order[start:stop]
+        places = [place for one in chosen for place in questions[one]]
         embedded = None if embed is None else partial(embed, places)
         prefix = None if prefixes is None else prefixes(places)
         batch = [prompts[place] for place in places]
-        made = greedy(language_model, batch, form.stop_ids, new_tokens, embedded, prefix)
-        for place, ids in zip(places, made, strict=True):
-            answers[place] = form.text(ids)
+        weights = None if tied is None else [tied[one] for one in chosen]
+        made = greedy(language_model, batch, form.stop_ids, new_tokens, embedded, prefix, weights)
+        for one, ids in zip(chosen, made, strict=True):
+            answers[one] = form.text(ids)
         if progress is not None:
-            progress(len(places))
+            progress(len(chosen))
         start = stop
     return answers
 
@@ -78,6 +93,7 @@ def greedy(
     new_tokens: int,
     embed: Callable[[Tensor], Tensor] | None = None,
     prefix: Pairs | None = None,
+    tied: Sequence[Sequence[float]] | None = None,
 ) -> list[list[int]]:
     """The likeliest next token, up to ``new_tokens`` times, for one left-padded batch.
 
@@ -85,10 +101,16 @@ def greedy(
         embed: left-padded ids → input embeddings of the prompts; None looks the ids up.
         prefix: key and value of each layer, [batch, key-value heads, virtual tokens, head width]: attended by every
             token, before the first; positions start after it.
+        tied: for each question the weights (they sum to 1) of its prompts, which follow each other; None: every
+            prompt is a question of its own.
 
     Returns:
-        the new ids of each prompt, its stop id included when it came.
+        the new ids of each question, its stop id included when it came.
+
+    Raises:
+        UsageError: other weights than prompts.
     """
+    first = [places[0] for places in _tied_places(len(prompts), tied)]
     ids, mask = _left_padded(prompts, language_model.pad_id, language_model.device)
     stops = torch.tensor(list(stop_ids), device=ids.device)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
@@ -114,7 +136,7 @@ def greedy(
             logits_to_keep=last,
         )
         cache = out.past_key_values
-        following = out.logits[:, -1].argmax(-1)
+        following = out.logits[:, -1].argmax(-1) if tied is None else _agreed(out.logits[:, -1], tied)
         following = torch.where(done, stops[0], following)
         steps.append(following)
         done = done | torch.isin(following, stops)
@@ -124,7 +146,32 @@ def greedy(
         last = torch.zeros_like(last)
         mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], dim=1)
         positions = positions[:, -1:] + 1
-    return [_until_stop(row, stop_ids) for row in torch.stack(steps, 1).tolist()]
+    return [_until_stop(row, stop_ids) for row in torch.stack(steps, 1)[first].tolist()]
+
+
+def _agreed(logits: Tensor, tied: Sequence[Sequence[float]]) -> Tensor:
+    """The token that the prompts of each question go on with, int64 [rows], of logits [rows, V]."""
+    counts = torch.tensor([len(weights) for weights in tied])
+    owner = torch.arange(len(tied)).repeat_interleave(counts).to(logits.device)
+    weights = torch.tensor([one for weights in tied for one in weights], device=logits.device)
+    likely = logits.float().softmax(-1) * weights[:, None]
+    return likely.new_zeros(len(tied), likely.shape[1]).index_add_(0, owner, likely).argmax(-1)[owner]
+
+
+def _tied_places(prompts: int, tied: Sequence[Sequence[float]] | None) -> list[list[int]]:
+    """Places of each question's prompts."""
+    if tied is None:
+        return [[place] for place in range(prompts)]
+    counts = [len(weights) for weights in tied]
+    if sum(counts) != prompts or not all(counts):
+        raise UsageError(
+            "the prompts cannot be tied",
+            value=f"{prompts} prompts, weights of {sum(counts)} in {len(counts)} questions",
+            cause="every prompt needs one weight, and every question a prompt",
+            fix="give a list of weights a question, as many as it has prompts",
+        )
+    starts = list(accumulate(counts, initial=0))
+    return [list(range(start, start + count)) for start, count in zip(starts, counts, strict=False)]
 
 
 def _left_padded(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -95,7 +95,7 @@ def read_prepared(
     asked = np.sort(drawn)
     deepest = max(1, *(read.k for read in reads))
     began = time.perf_counter()
-    found = vectors.index.nearest(data.question_embeddings[asked], deepest)
+    scores, found = vectors.index.nearest_scored(data.question_embeddings[asked], deepest)
     recall_ms = 1e3 * (time.perf_counter() - began) / len(asked)
     rows = []
     for read in reads:
@@ -108,6 +108,8 @@ def read_prepared(
             [vectors.decoded[one] for one in places],
             [data.questions[one] for one in asked],
             data.question_embeddings[asked],
+            # a shuffled passage has the say of the one it stands for
+            [own[: len(shown)].tolist() for own, shown in zip(scores, places, strict=True)],
         )
         spent = 1e3 * (time.perf_counter() - began) / len(asked)
         rows.append(

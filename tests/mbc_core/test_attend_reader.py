@@ -84,7 +84,7 @@ def test_attend_recalls_by_address_and_answers_from_vectors_alone(memory, attend
     model = reader.attend.language_model
     expected, _ = answer_attend(
         model, reader.attend.projector, PromptFormat(model.tokenizer), vectors, QUESTIONS, asked,
-        max_tokens=prompt_room(model),
+        [[one.score for one in line] for line in found], max_tokens=prompt_room(model),
     )  # fmt: skip
     assert [answer.answer for answer in answers] == expected
     assert answers[0].read == "attend" and answers[0].recall_ms > 0

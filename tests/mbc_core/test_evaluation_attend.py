@@ -128,20 +128,46 @@ def test_a_sheet_from_disk_is_answered_as_the_bank_would_be(sheet, memory, weigh
     assert set(answered) == {(shown.read, shown.k) for shown in sheet.shown}
     questions = [question.question for question in QA.questions]
     embeddings = BagOfWords().encode_questions(questions).astype(np.float16).astype(np.float32)
-    _, rows = memory.search(embeddings, 3)
+    scores, rows = memory.search(embeddings, 3)
     shown = ShownCodes.from_json(sheet.codes or {})
     base = language_model()
     model = replace(base, model=load_adapter(base.model, weights)[0].eval())
     projector = load_projector(weights / PROJECTOR_FILE).projector
     lines = address_lines(memory)
     vectors = [shown.passages([lines[row] for row in found]) for found in rows]
-    expected, prompts = answer_attend(model, projector, PromptFormat(base.tokenizer), vectors, questions, embeddings)
+    expected, prompts = answer_attend(
+        model, projector, PromptFormat(base.tokenizer), vectors, questions, embeddings, scores.tolist()
+    )
     assert answered["attend", 3].predictions == expected
     assert answered["attend", 3].passages == 3 and answered["attend", 3].prompt_tokens == np.mean(
         [len(prompt.ids) for prompt in prompts]
     )
     assert answered["attend-closed", 0].passages == 0
     assert len({tuple(row.predictions) for row in answered.values()}) > 2
+
+
+def test_passages_of_several_carry_the_scores_they_were_found_with(sheet, memory, tmp_path):
+    """A shuffled passage has the say of the one it stands for; one passage needs no score."""
+    scores, _ = memory.search(BagOfWords().encode_questions([question.question for question in QA.questions]), 3)
+    for read in ("attend", "attend-shuffled"):
+        assert one(sheet, read, 3).scores == pytest.approx(scores, abs=1e-5)
+        assert one(sheet, read, 1).scores is None
+    assert one(sheet, "attend-right", 1).scores is None and one(sheet, "closed", 0).scores is None
+    kept = one(sheet, "attend", 3)
+    assert kept.fields()["scores"] == kept.scores and "scores" not in one(sheet, "closed", 0).fields()
+    path = tmp_path / "sheet.gz"
+    save_sheet(path, replace(sheet, shown=[replace(kept, scores=[[1.0]] * len(kept.lines))]))
+    with pytest.raises(DamagedFile, match="has other scores than lines"):
+        load_sheet(path)
+
+
+def test_a_sheet_without_scores_is_read_in_one_prompt(sheet, weights):
+    """As releases wrote it that knew none."""
+    old = replace(sheet, shown=[replace(one(sheet, "attend", 3), scores=None)])
+    (whole,) = answer_sheet(old, language_model(), Adapters(attend=weights))
+    (apart,) = answer_sheet(replace(sheet, shown=[one(sheet, "attend", 3)]), language_model(), Adapters(attend=weights))
+    assert whole.prompt_tokens < apart.prompt_tokens and whole.passages == apart.passages == 3
+    assert whole.predictions != apart.predictions
 
 
 def test_kept_answers_belong_to_these_codes_and_these_weights(sheet, weights, tmp_path):

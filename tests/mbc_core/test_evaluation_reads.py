@@ -63,6 +63,9 @@ def test_the_index_finds_what_the_plain_float_computation_finds(questions, searc
     codes = search._codes.numpy().astype(np.uint16)
     scores = exhaustive_scores(questions.question_embeddings, ROTATION, codes, CODEBOOK.codewords)
     assert (found == np.argsort(-scores, axis=1)[:, :4]).all()
+    told, rows = search.nearest_scored(questions.question_embeddings, 4)
+    assert np.array_equal(rows, found) and told == pytest.approx(np.take_along_axis(scores, rows, 1), abs=1e-5)
+    assert search.nearest_scored(questions.question_embeddings[:0], 4)[0].shape == (0, 4)
     assert search.nearest(questions.question_embeddings[:0], 4).shape == (0, 4)
     assert search.nearest(questions.question_embeddings, 99).shape == (12, 12)
 
