@@ -22,5 +22,5 @@ sheet squad "${squad[@]}" --k 5 --reads $all
 sheet news "${news[@]}" --k 5 --reads $all
 sheet retention_squad "${squad[@]}" --k 5 --retention --reads $stream
 sheet retention_news "${news[@]}" --k 5 --retention --reads $stream
-sheet attend_squad "${squad[@]}" --k 1 --profiles compact --reads $vectors
-sheet attend_news "${news[@]}" --k 1 --profiles compact --reads $vectors
+sheet attend_squad "${squad[@]}" --k 5 --profiles compact --reads $vectors
+sheet attend_news "${news[@]}" --k 5 --profiles compact --reads $vectors
