@@ -68,6 +68,7 @@ def run(group: click.Group, arguments: Sequence[str] | None = None, *, prog: str
     """
     try:
         result = group.main(args=arguments, prog_name=prog, standalone_mode=False)
+        sys.stdout.flush()  # at exit it would be too late: a reader that went away meanwhile is no error of ours
         return result if isinstance(result, int) else 0
     except click.UsageError as error:
         error.show(file=sys.stderr)

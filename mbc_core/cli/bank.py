@@ -67,6 +67,7 @@ def export(bank: str, target: Path | None, form: str | None, as_json: bool) -> N
     with only_json(as_json) as stream:
         opened = Bank.open(bank)
         rows = opened.export(target or stream.buffer, chosen, defaults.lexicon_for(opened.manifest))
+        stream.flush()  # before the rows are said to be there
         if as_json:
             print_json({"rows": rows, "out": str(target), "format": chosen}, stream)
     note(f"{rows:,} rows{f' in {target}' if target else ''}")

@@ -4,7 +4,8 @@
 
 One question against N passages of T = 12 codes, at the sizes of the shipped weights (d_c = 32, width 384, four blocks,
 eight heads), float32: the histogram of K = 512 codewords, every vector one by one (flat, as far as memory allows), and
-groups of M = 256 passages (hierarchical, as far as a minute allows). On a GPU when there is one.
+groups of M = 256 passages (hierarchical, as far as a minute allows). Once as in the paper, once with slot marks, which
+the shipped weights have: their histogram has a cell for each slot and code. On a GPU when there is one.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
+import pytest
 import torch
 
-from mbc_core.paper.aggregation import Aggregator, Memory, code_counts, flat_memory
+from mbc_core.paper.aggregation import Aggregator, Memory, cell_counts, code_counts, flat_memory, histogram_memory
 
 SIZES = (1_000, 10_000, 100_000, 1_000_000)
 TOKENS, CODEWORDS, WIDTH, GROUP, ROUNDS = 12, 512, 384, 256, 40
@@ -27,14 +29,23 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 _PAGE, _MIB = 4096, 1 << 20
 
 
+MARKED = pytest.mark.parametrize("marked", [False, True], ids=["paper", "slot-marks"])
+"""Whether codes carry a mark of their slot."""
+
+
 @cache
-def setting() -> tuple[Aggregator, torch.Tensor, torch.Tensor, torch.Tensor]:
+def setting(marked: bool) -> tuple[Aggregator, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Aggregator, one question's queries, codewords, and codes of the largest bank, unevenly used as real ones are."""
     torch.manual_seed(0)
-    made = Aggregator(WIDTH // TOKENS, WIDTH).eval().to(DEVICE)
+    made = Aggregator(WIDTH // TOKENS, WIDTH, slots=TOKENS if marked else 0).eval().to(DEVICE)
     codes = (torch.rand(SIZES[-1], TOKENS).square() * CODEWORDS).long()
     parts = torch.randn(1, TOKENS, WIDTH), torch.randn(CODEWORDS, WIDTH // TOKENS), codes
     return made, *(one.to(DEVICE) for one in parts)
+
+
+def counted(words: torch.Tensor, codes: torch.Tensor, marked: bool) -> Memory:
+    """The bank's histogram."""
+    return histogram_memory([(words, cell_counts(codes, CODEWORDS) if marked else code_counts(codes, CODEWORDS))])
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -89,20 +100,22 @@ def room(passages: int) -> bool:
     return need < free / 2
 
 
+@MARKED
 @torch.inference_mode()
-def test_the_histogram_read_does_not_grow_with_the_bank():
-    made, queries, words, codes = setting()
-    counts = {}
+def test_the_histogram_read_does_not_grow_with_the_bank(marked):
+    made, queries, words, codes = setting(marked)
+    print("\nwith slot marks" if marked else "\nas in the paper", end="")
+    memories: dict[int, Memory] = {}
     for passages in SIZES:
-        spent = seconds(lambda n=passages: counts.update({n: code_counts(codes[:n], CODEWORDS)}))
-        print(f"\n{passages:>9,} passages: histogram counted in {1e3 * spent:.2f} ms, once a bank", end="")
+        spent = seconds(lambda n=passages: memories.update({n: counted(words, codes[:n], marked)}))
+        cells = len(memories[passages].vectors)
+        print(f"\n{passages:>9,} passages: {cells:,} cells counted in {1e3 * spent:.2f} ms, once a bank", end="")
     taken: dict[int, list[float]] = {passages: [] for passages in SIZES}
     for _ in range(ROUNDS):  # in turns, so that a busy moment of the machine meets all sizes
         for passages in SIZES:
-            memory = Memory(words, counts[passages])
-            taken[passages].append(seconds(lambda held=memory: made(queries, held)))
+            taken[passages].append(seconds(lambda held=memories[passages]: made(queries, held)))
     for passages, times in taken.items():
-        _, _, most = measured(lambda n=passages: made(queries, Memory(words, counts[n])))
+        _, _, most = measured(lambda n=passages: made(queries, memories[n]))
         print(
             f"\n{passages:>9,} passages: histogram read {1e3 * statistics.median(times):.2f} ms "
             f"(best {1e3 * min(times):.2f}), peak {most:.1f} MiB",
@@ -112,12 +125,14 @@ def test_the_histogram_read_does_not_grow_with_the_bank():
     print(f"\ntime(10^6) / time(10^3) = {ratio:.3f} (goal: at most 1.1); device {DEVICE.type}, one question")
 
 
+@MARKED
 @torch.inference_mode()
-def test_beside_the_flat_and_the_hierarchical_read():
-    made, queries, words, codes = setting()
+def test_beside_the_flat_and_the_hierarchical_read(marked):
+    made, queries, words, codes = setting(marked)
+    print("\nwith slot marks" if marked else "\nas in the paper", end="")
     for passages in SIZES:
         held = codes[:passages]
-        memory = Memory(words, code_counts(held, CODEWORDS))
+        memory = counted(words, held, marked)
         exact = made(queries, memory)
         histogram = statistics.median(seconds(lambda m=memory: made(queries, m)) for _ in range(ROUNDS))
         if not room(passages):
@@ -129,6 +144,8 @@ def test_beside_the_flat_and_the_hierarchical_read():
             f"{spent / histogram:,.0f}; they differ by {apart(flat, exact):.1e}",
             end="",
         )
+        if marked:  # the paper's read in groups knows no slots
+            continue
         grouped, spent, most = measured(lambda h=held: made.hierarchical(queries, words, h, GROUP))
         print(
             f"; hierarchical (M = {GROUP}) {1e3 * spent:,.1f} ms, peak {most:,.0f} MiB, "
@@ -139,5 +156,6 @@ def test_beside_the_flat_and_the_hierarchical_read():
 
 
 if __name__ == "__main__":
-    test_the_histogram_read_does_not_grow_with_the_bank()
-    test_beside_the_flat_and_the_hierarchical_read()
+    for with_marks in (False, True):
+        test_the_histogram_read_does_not_grow_with_the_bank(with_marks)
+        test_beside_the_flat_and_the_hierarchical_read(with_marks)

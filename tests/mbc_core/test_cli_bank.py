@@ -160,6 +160,23 @@ def test_a_reader_that_goes_away_ends_the_export_quietly(bank):
     process.stderr.close()
 
 
+def test_a_reader_that_goes_away_after_the_last_line_ends_the_command_quietly():
+    program = (
+        "import sys, click; from mbc_core.cli import run; "
+        "say = click.Command('say', callback=lambda: sys.stdin.readline() and sys.stdout.write('kept in a buffer')); "
+        "sys.exit(run(click.Group('all', [say]), ['say']))"
+    )
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        process.stdout.close()
+        process.stdin.write("now\n")
+        process.stdin.close()
+        assert process.wait(timeout=120) == 1
+        assert process.stderr.read() == ""
+
+
 def test_parquet_does_not_go_to_standard_output(bank, capsys):
     assert run(cli, ["export", "--bank", bank.uri, "--format", "parquet"]) == 2
     assert "name a file with --out" in capsys.readouterr().err

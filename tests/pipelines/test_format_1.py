@@ -42,7 +42,8 @@ class Recorded:
 @pytest.fixture
 def format_1(tmp_path) -> Path:
     with tarfile.open(ARCHIVE) as archive:
-        archive.extractall(tmp_path / "format-1", filter="data")
+        archive.extraction_filter = getattr(tarfile, "data_filter", None)  # Python 3.11 before 3.11.4 has none
+        archive.extractall(tmp_path / "format-1")
     return tmp_path / "format-1"
 
 
