@@ -88,17 +88,12 @@ class Asker:
         found = self.encoder.encode_questions(self._asked)
         return found, 1e3 * (time.perf_counter() - began) / max(1, len(self.places))
 
-    def search(self, view: BankView, depth: int, *, rerank: bool = True) -> tuple[Int64, float]:
-        """Rows int64 [q, ≤ depth], best first, as the bank recalls them, and milliseconds a question.
+    def search(self, view: BankView, depth: int, *, rerank: bool = True) -> tuple[NDArray[np.float32], Int64, float]:
+        """Scores float32 and rows int64, both [q, ≤ depth], best first, as the bank recalls them, and ms a question.
 
         Args:
             rerank: look again by word codes, where the bank has them; else by address code alone.
         """
-        _, rows, spent = self._search(view, depth, rerank=rerank)
-        return rows, spent
-
-    def _search(self, view: BankView, depth: int, *, rerank: bool) -> tuple[NDArray[np.float32], Int64, float]:
-        """Scores float32 of the same shape, and what :meth:`search` returns."""
         embeddings, encoding = self._questions
         began = time.perf_counter()
         scores, rows = view.memory.search(embeddings, depth, questions=self._asked if rerank else None)
@@ -106,8 +101,8 @@ class Asker:
 
     def recall_figures(self, view: BankView) -> RecallFigures:
         """R@k of this bank's addresses, alone and re-ranked, beside the float's when every text is known."""
-        rows, _ = self.search(view, max(DEPTHS), rerank=False)
-        again, _ = self.search(view, max(DEPTHS)) if view.has_words else (None, 0.0)
+        _, rows, _ = self.search(view, max(DEPTHS), rerank=False)
+        _, again, _ = self.search(view, max(DEPTHS)) if view.has_words else (None, None, 0.0)
         right = view.right[list(self.places)]
         by_float = None
         if self.wanted.with_float and all(text is not None for text in view.texts) and len(view.texts):
@@ -131,10 +126,10 @@ class Asker:
             texts: what full text takes; needed by reads of full text only.
         """
         deepest = max(self.wanted.ks)
-        scores, found, spent = self._search(view, deepest, rerank=True)
+        scores, found, spent = self.search(view, deepest)
         by_code, code_ms = found, spent
         if view.has_words and any(READS[read].store == "address" for read in reads):
-            scores, by_code, code_ms = self._search(view, deepest, rerank=False)  # it has no words to look again by
+            scores, by_code, code_ms = self.search(view, deepest, rerank=False)  # it has no words to look again by
         stores = _Stores(view, texts)
         right = view.right[list(self.places)]
         shown = []
@@ -165,7 +160,7 @@ class Asker:
                         [self.lines.places(line(row) for row in one) for one in rows],
                         size + (code_size(view.slots) if searched or by_address else 0.0),
                         (code_ms if by_address else spent) if searched else 0.0,
-                        scores=_of(scores, rows) if by_address and searched and k > 1 else None,
+                        scores=_scores_shown(scores, rows) if by_address and searched and k > 1 else None,
                     )
                 )
         return shown
@@ -183,7 +178,7 @@ class Asker:
         return ShownCodes.of(view.memory, self.places, self._questions[0])
 
 
-def _of(scores: NDArray[np.float32], rows: Sequence[Sequence[int]]) -> list[list[float]]:
+def _scores_shown(scores: NDArray[np.float32], rows: Sequence[Sequence[int]]) -> list[list[float]]:
     """Scores of the places that are shown; a shuffled passage is given that of the one it stands for."""
     return [[round(float(one), 5) for one in own[: len(shown)]] for own, shown in zip(scores, rows, strict=True)]
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from mbc_core.errors import UsageError
+from mbc_core.errors import DamagedFile, UsageError
 from mbc_core.training.data import SHIP_EXCLUDED_SOURCES
 from mbc_core.training.paper import PaperTrainer
 from mbc_core.training.paper_data import PaperData
@@ -52,10 +52,7 @@ def paper_card(trainer: PaperTrainer, data: PaperData, curve: list[dict[str, Any
             "kv_lora": sum(one.numel() for name, one in names.items() if "lora_" in name),
         },
         "data": {
-            **data.told,
-            "passages": int((~data.held_out).sum()),
-            "held_out_passages": int(data.held_out.sum()),
-            "questions": len(data.rows),
+            **_data_told(data),
             "too_long": trainer.draw.left_out,
             "licences": {name: LICENCES.get(name, "unknown") for name in data.told["sources"]},
         },
@@ -66,6 +63,28 @@ def paper_card(trainer: PaperTrainer, data: PaperData, curve: list[dict[str, Any
         "made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         **more,
     }
+
+
+def _data_told(data: PaperData) -> dict[str, Any]:
+    """Where data come from, and how many there are."""
+    counts = {"passages": int((~data.held_out).sum()), "held_out_passages": int(data.held_out.sum())}
+    return {**data.told, **counts, "questions": len(data.rows)}
+
+
+def card_of(folder: Path) -> dict[str, Any]:
+    """The card in a folder; empty without one.
+
+    Raises:
+        DamagedFile: it is no card.
+    """
+    path = folder / "card.json"
+    try:
+        card = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    except (OSError, ValueError) as error:
+        raise DamagedFile("a card cannot be read", value=str(path), cause=str(error), fix="train anew") from error
+    if not isinstance(card, dict):
+        raise DamagedFile("a card cannot be read", value=str(path), cause="it is no JSON object", fix="train anew")
+    return card
 
 
 def _command(argv: Sequence[str]) -> str:
@@ -98,8 +117,7 @@ def require_same_data(data: PaperData, card: Mapping[str, Any], folder: object) 
     Raises:
         UsageError: sources, passages, questions, encoder or codebooks differ.
     """
-    counts = {"passages": int((~data.held_out).sum()), "held_out_passages": int(data.held_out.sum())}
-    own = json.loads(json.dumps({**data.told, **counts, "questions": len(data.rows)}))
+    own = json.loads(json.dumps(_data_told(data)))
     theirs = card.get("data", {})
     other = sorted(name for name, one in own.items() if theirs.get(name) != one)
     if other:

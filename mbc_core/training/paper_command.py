@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from numpy.typing import NDArray
 
-from mbc_core.errors import DamagedFile, UsageError
+from mbc_core.errors import UsageError
 from mbc_core.paper.config import PaperConfig
 from mbc_core.paper.files import WEIGHTS_FILE, save_paper_model, set_paper_weights
 from mbc_core.paper.model import PaperModel
@@ -20,7 +20,7 @@ from mbc_core.reader.language_model import LanguageModel, load_language_model
 from mbc_core.reader.prompt import PromptFormat
 from mbc_core.training.paper import PaperTrainer, train_paper
 from mbc_core.training.paper_batches import OnDevice
-from mbc_core.training.paper_card import paper_card, read_curve, require_same_data, require_shippable
+from mbc_core.training.paper_card import card_of, paper_card, read_curve, require_same_data, require_shippable
 from mbc_core.training.paper_data import PaperData
 from mbc_core.training.paper_eval import CodeSet, code_set, evaluate_paper
 from mbc_core.training.paper_files import sentence_encoder
@@ -185,13 +185,13 @@ def run_paper(told: PaperOptions, say: Say) -> dict[str, Any] | None:
     data = PaperData.load(told.data_file)
     if not told.research:
         require_shippable(data)
-    if told.like is not None:
-        require_same_data(data, card_of(told.like), told.like)
     base = load_language_model(told.source, told.gguf_file, dtype=told.precision, device=device)
     model = build_model(told, base)
     if told.start_from is not None:
         set_paper_weights(model, told.start_from)
     run = told.run(bf16=base.model.dtype == torch.bfloat16)
+    if told.like is not None:
+        require_same_data(data, card_of(told.like), told.like)
     on_device = _on_device(told, data, base, torch.device(device), run.chunks)
     trainer = PaperTrainer(model, data, on_device, run, ranks)
     say(f"{sum(one.numel() for one in trainer.parameters.values()):,} parameters learn on {device}, rank 1 of "
@@ -210,22 +210,6 @@ def run_paper(told: PaperOptions, say: Say) -> dict[str, Any] | None:
         earlier["like"] = told.like.name
     card = paper_card(trainer, data, read_curve(told.out_dir), results=results, **earlier, **file)
     (told.out_dir / "card.json").write_text(json.dumps(card, indent=2) + "\n")
-    return card
-
-
-def card_of(folder: Path) -> dict[str, Any]:
-    """The card in a folder; empty without one.
-
-    Raises:
-        DamagedFile: it is no card.
-    """
-    path = folder / "card.json"
-    try:
-        card = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    except (OSError, ValueError) as error:
-        raise DamagedFile("a card cannot be read", value=str(path), cause=str(error), fix="train anew") from error
-    if not isinstance(card, dict):
-        raise DamagedFile("a card cannot be read", value=str(path), cause="it is no JSON object", fix="train anew")
     return card
 
 

@@ -29,6 +29,7 @@ from mbc_core.reader.generate import answer_prompts
 from mbc_core.reader.language_model import LanguageModel
 from mbc_core.reader.prefix_cache import Pairs
 from mbc_core.reader.prompt import PromptFormat, prompt_room
+from mbc_core.training.paper_card import card_of
 from mbc_core.training.paper_eval import CodeSet, answer_tokens
 from mbc_core.training.paper_files import sentence_encoder
 from mbc_core.training.prepared import Prepared
@@ -65,8 +66,7 @@ class PaperMethod:
         rotation: Rotation | None = None,
         batch_tokens: int | None = None,
     ) -> None:
-        card = json.loads((folder / "card.json").read_text()) if (folder / "card.json").exists() else {}
-        closed = bool(card.get("run", {}).get("closed"))
+        closed = bool(card_of(folder).get("run", {}).get("closed"))
         self.read: Read = "none" if closed else "strangers" if shuffled else "bank"
         self.name = name
         self.says = _SAYS[self.read]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -116,19 +117,17 @@ def as_long_as(run: PaperRun, card: Mapping[str, Any], folder: object) -> PaperR
         raise UsageError(
             "there is no finished run to train as long as",
             value=str(folder),
-            cause="it was cut short" if not card.get("finished") else "its card does not say when its rates fell",
+            cause="it was cut short, or there is no card"
+            if not card.get("finished")
+            else "its card does not say when its rates fell",
             fix="finish it first (`mbc train paper` goes on where it was), then name its folder with --like",
         )
-    own, theirs = asdict(run), card["run"]
-    other = {
-        name: (theirs.get(name), one)
-        for name, one in own.items()
-        if name not in _FREE and theirs.get(name) != (list(one) if isinstance(one, tuple) else one)
-    }
+    own, theirs = json.loads(json.dumps(asdict(run))), card["run"]
+    other = [name for name, one in own.items() if name not in _FREE and theirs.get(name) != one]
     if other:
         raise UsageError(
             "the run would not equal the one it is to be like",
-            value=", ".join(f"{name} {mine} instead of {its}" for name, (its, mine) in other.items()),
+            value=", ".join(f"{name} {own[name]} instead of {theirs.get(name)}" for name in other),
             cause="batches, rates and seed decide what a run learns, besides its steps",
             fix=f"give the options that {folder} was trained with",
         )

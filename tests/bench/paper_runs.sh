@@ -46,7 +46,6 @@ run() {
 # One limit for all gradients and a slow beta2 serve address codes a little better (`clips` in results/paper.txt); learned
 # ones were thrown back with them, since their passages' gradients rule the common norm.
 address="--codes address --rank 12 --prefix-hidden 512 --slot-marks"
-address12_plain="$address --tokens 12 --codebook $WEIGHTS/codebook_t12.safetensors"
 address="$address --burst ${ADDRESS_BURST:-0} --beta2 ${ADDRESS_BETA2:-0.999}"
 address12="$address --tokens 12 --codebook $WEIGHTS/codebook_t12.safetensors"
 address24="$address --tokens 24 --codebook $WEIGHTS/codebook_t24.safetensors"
@@ -67,13 +66,13 @@ lane1() { run learned $learned $course --minutes "${MAIN_MINUTES:-9}"; }
 lane2() { run address_t24 $address24 $course --minutes "${ADDRESS_MINUTES:-6}"; }
 lane3() {
   run address_t12 $address12 $course --minutes "${ADDRESS_MINUTES:-6}"
-  after address_t12 && run address_closed $address12 $course --closed --like "$OUT/address_t12"
+  finished address_t12 && run address_closed $address12 $course --closed --like "$OUT/address_t12"
 }
 lane4() { after learned && run learned_closed $learned $course --closed --like "$OUT/learned"; }
 lane5() { after learned && run mac_kv_lora $learned $course --no-quantize --like "$OUT/learned"; }
 lane6() { # the paper's MAC has no KV-LoRA: its closed book has none either
   run mac $learned $course --no-quantize --no-kv-lora --minutes "${MAC_MINUTES:-2.5}"
-  after mac && run mac_closed $learned $course --no-quantize --no-kv-lora --closed --like "$OUT/mac"
+  finished mac && run mac_closed $learned $course --no-quantize --no-kv-lora --closed --like "$OUT/mac"
 }
 
 # What the limits of the gradients and beta2 do, each alone and both: the same steps, rates and data.
@@ -82,7 +81,7 @@ clips() {
   own="$own --banks 1,4,16,64 --grow-every 100 --cue-steps 200"
   for burst in 3 0; do
     for beta2 in 0.98 0.999; do
-      SETS= LEAST=0.2 MEASURE=5 run "clip_${burst}_$beta2" $address12_plain $own --burst $burst --beta2 $beta2 &
+      SETS= LEAST=0.2 MEASURE=5 run "clip_${burst}_$beta2" $address12 $own --burst $burst --beta2 $beta2 &
     done
   done
   wait

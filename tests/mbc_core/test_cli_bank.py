@@ -142,6 +142,11 @@ def test_export_to_standard_output(bank, monkeypatch):
     assert {json.loads(line)["doc_id"] for line in lines} == {f"x{number:04d}" for number in range(5)}
 
 
+def buffered() -> dict[str, str]:
+    """The environment of a program whose standard output is buffered, as it is unless somebody asks for other."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+
+
 def test_a_reader_that_goes_away_ends_the_export_quietly(bank):
     program = (
         "import sys; from mbc_core import defaults; from test_cli_bank import Numbers; defaults.lexicon = Numbers; "
@@ -152,7 +157,7 @@ def test_a_reader_that_goes_away_ends_the_export_quietly(bank):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+        env=buffered() | {"PYTHONPATH": str(Path(__file__).parent)},
     )
     process.stdout.close()
     assert process.wait(timeout=120) == 1
@@ -168,7 +173,7 @@ def test_a_reader_that_goes_away_after_the_last_line_ends_the_command_quietly():
     )
     command = [sys.executable, "-c", program]
     with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=buffered()
     ) as process:
         process.stdout.close()
         process.stdin.write("now\n")

@@ -182,6 +182,8 @@ def test_a_control_is_trained_exactly_as_long_as_the_run_it_is_like(files, data,
     assert "encoder differ from" in str(CliRunner().invoke(train, [str(word) for word in words]).exception)
     call(*arguments, "--steps", 3, "--call-minutes", 0, "--out", tmp_path / "cut")
     assert "cut short" in refused("--like", tmp_path / "cut")
+    (tmp_path / "empty").mkdir()
+    assert "there is no finished run" in refused("--like", tmp_path / "empty")
     (tmp_path / "cut" / "card.json").write_text("[")
     assert "a card cannot be read" in refused("--like", tmp_path / "cut")
     assert not (tmp_path / "other").exists()
